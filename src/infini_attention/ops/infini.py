@@ -1,0 +1,292 @@
+"""infini_attention(): the one entrance. Checks its arguments, plans the cuts, calls a backend."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from infini_attention.ops import feature_maps
+from infini_attention.ops.layout import Layout, plan
+from infini_attention.ops.options import Inputs, Options
+from infini_attention.ops.parallel import parallel
+from infini_attention.ops.reference import reference
+from infini_attention.ops.state import MemoryState, state_dtype
+
+Backend = Callable[[Inputs, Layout, MemoryState, Options], tuple[Tensor, MemoryState]]
+
+BACKENDS: dict[str, Backend] = {"reference": reference, "parallel": parallel}
+UPDATE_RULES = ("linear", "delta")
+EMPTY_MEMORY = ("local", "gated")
+
+
+def infini_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    *,
+    segment_length: int,
+    local_query: Tensor | None = None,
+    local_key: Tensor | None = None,
+    update_rule: str = "linear",
+    feature_map: str = "elu1",
+    empty_memory: str = "local",
+    state: MemoryState | None = None,
+    padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    segment_weights: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+    check_finite: bool = False,
+) -> tuple[Tensor, MemoryState]:
+    """Causal attention of unbounded reach: softmax inside a segment, a compressive memory for all before it.
+
+    Equations (6) to (10) of arXiv 2404.07143. Feeding a sequence in pieces, carrying `state`, is the same
+    computation as feeding it at once.
+
+    Args:
+        query: (batch, heads, length, head_dim), without position embedding; any floating dtype.
+        key: (batch, kv_heads, length, head_dim), without position embedding; heads % kv_heads == 0, and query
+            head h reads the memory of key/value head h // (heads // kv_heads).
+        value: (batch, kv_heads, length, value_dim).
+        gate: (heads,) logits, fp32 (fp64 with fp64 inputs); sigmoid(gate) is the memory's share.
+        segment_length: N, tokens a segment.
+        local_query: `query` with position embedding, for local attention; default `query`.
+        local_key: `key` with position embedding; default `key`.
+        update_rule: "linear", equation (8), or "delta", equation (9).
+        feature_map: sigma, a name of `ops.feature_maps`.
+        empty_memory: "local": while memory holds nothing, local attention alone is the output;
+            "gated": the literal equation (10), in which it is shrunk to its share.
+        state: the tokens so far, from an earlier call; None starts afresh.
+        padding_mask: (batch, length) bool, True = a real token. Padding is seen by nobody, enters no sum and
+            moves no cut; the output there is 0.
+        cu_seqlens: (documents + 1,) int32 or int64, from 0 to length: documents packed into a batch of one,
+            each with its own memory; `state` then has one row a document.
+        segment_weights: (rows, segments): how often each segment touched by this call counts in memory
+            (for training). Under the delta rule what a segment adds counts so often, what it takes out once.
+        scale: of local scores; default head_dim ** -0.5.
+        softcap: bounds local scores to softcap * tanh(score / softcap); default none.
+        backend: "reference", "parallel", or "auto", the fastest that is right on the inputs' device.
+        check_finite: raise ValueError when a tensor holds NaN or infinity (costs a pass over the inputs).
+
+    Returns:
+        output: (batch, heads, length, value_dim), in query's dtype.
+        state: MemoryState after these tokens; differentiable, `detach()` it to cut the graph.
+
+    Raises:
+        ValueError: a shape, dtype, name or combination that cannot be right; the text names value and remedy.
+    """
+    local_query = query if local_query is None else local_query
+    local_key = key if local_key is None else local_key
+    sigma = feature_maps.get(feature_map)
+    _check_names(update_rule, sigma, empty_memory)
+    _check_shapes(query, key, value, gate, local_query, local_key)
+    _check_numbers(segment_length, scale, softcap)
+    _check_masks(query, padding_mask, cu_seqlens)
+    rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if state is None:
+        state = MemoryState.empty(
+            rows,
+            key.shape[1],
+            key.shape[-1],
+            value.shape[-1],
+            segment_length=segment_length,
+            feature_map=feature_map,
+            dtype=value.dtype,
+            device=value.device,
+        )
+    else:
+        _check_state(state, rows, key, value, sigma, segment_length)
+    if check_finite:
+        _check_finite(query=query, key=key, value=value, gate=gate, memory=state.memory)
+
+    layout = plan(
+        query.shape[0],
+        query.shape[2],
+        segment_length=segment_length,
+        open_lengths=state.open_length.tolist(),
+        device=query.device,
+        padding_mask=padding_mask,
+        cu_seqlens=cu_seqlens,
+    )
+    if segment_weights is not None:
+        segment_weights = _checked_weights(segment_weights, layout, state)
+    options = Options(
+        segment_length=segment_length,
+        update_rule=update_rule,
+        feature_map=sigma,
+        empty_memory=empty_memory,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=softcap,
+    )
+    inputs = Inputs(query, key, value, local_query, local_key, gate, segment_weights)
+    return _backend(backend, query.device)(inputs, layout, state, options)
+
+
+def choose_backend(device: torch.device | str) -> tuple[str, str]:
+    """The backend that "auto" takes for tensors on `device`, and the reason in words."""
+    return "parallel", f"all segments at once in torch, on {torch.device(device).type}"
+
+
+def _backend(name: str, device: torch.device) -> Backend:
+    if name == "auto":
+        name, _ = choose_backend(device)
+    _check_choice("backend", name, tuple(BACKENDS))
+    return BACKENDS[name]
+
+
+def _check_choice(argument: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{argument} is {value!r}; choose one of {', '.join(map(repr, known))}")
+
+
+def _check_names(update_rule: str, sigma: feature_maps.FeatureMap, empty_memory: str) -> None:
+    _check_choice("update_rule", update_rule, UPDATE_RULES)
+    _check_choice("empty_memory", empty_memory, EMPTY_MEMORY)
+    if update_rule == "delta" and not sigma.nonnegative:
+        raise ValueError(
+            f"feature_map {sigma.name!r} can be negative, and the delta rule diverges with it; "
+            "choose a non-negative map such as 'elu1', or update_rule='linear'"
+        )
+
+
+def _check_shapes(
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, local_query: Tensor, local_key: Tensor
+) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; give (batch, heads, length, head_dim)")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}; convert it to a floating dtype")
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, query {query.dtype} on {query.device}; "
+                "convert them to one dtype and device"
+            )
+    batch, heads, length, head_dim = query.shape
+    kv_heads = key.shape[1]
+    if key.shape != (batch, kv_heads, length, head_dim):
+        raise ValueError(
+            f"key has shape {tuple(key.shape)}; with query {tuple(query.shape)} it must be "
+            f"({batch}, kv_heads, {length}, {head_dim})"
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value has shape {tuple(value.shape)}; its first three sizes must be those of key, "
+            f"{tuple(key.shape[:3])}"
+        )
+    if heads == 0 or kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"query has {heads} heads and key {kv_heads}; heads must be a multiple of kv_heads")
+    for name, local, plain in (("local_query", local_query, query), ("local_key", local_key, key)):
+        if local.shape != plain.shape or local.dtype != plain.dtype or local.device != plain.device:
+            raise ValueError(
+                f"{name} is {tuple(local.shape)} {local.dtype} on {local.device}; it must be like "
+                f"{name.removeprefix('local_')}, {tuple(plain.shape)} {plain.dtype} on {plain.device}"
+            )
+    if gate.shape != (heads,) or gate.device != query.device:
+        raise ValueError(
+            f"gate is {tuple(gate.shape)} on {gate.device}; "
+            f"give one logit a query head, ({heads},) on {query.device}"
+        )
+    if gate.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"gate has dtype {gate.dtype}, in which it stops moving; keep it fp32: gate.float()")
+
+
+def _check_numbers(segment_length: int, scale: float | None, softcap: float | None) -> None:
+    if isinstance(segment_length, bool) or not isinstance(segment_length, int) or segment_length < 1:
+        raise ValueError(f"segment_length is {segment_length!r}; give a whole number of at least 1")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; give a finite number, or None for head_dim ** -0.5")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap is {softcap}; give a positive number, or None for no cap")
+
+
+def _check_masks(query: Tensor, padding_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    batch, _, length, _ = query.shape
+    if padding_mask is not None:
+        if padding_mask.dtype != torch.bool or padding_mask.shape != (batch, length):
+            raise ValueError(
+                f"padding_mask is {tuple(padding_mask.shape)} {padding_mask.dtype}; give ({batch}, {length}) "
+                "torch.bool with True at real tokens"
+            )
+        if cu_seqlens is not None:
+            raise ValueError(
+                "padding_mask and cu_seqlens contradict each other; packed documents are unpadded: drop one"
+            )
+    if cu_seqlens is None:
+        return
+    if batch != 1:
+        raise ValueError(
+            f"cu_seqlens packs documents into a batch of 1, and query's batch is {batch}; reshape it to 1"
+        )
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}; "
+            "give (documents + 1,) int32 or int64"
+        )
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != length or any(a > b for a, b in pairwise(ends)):
+        raise ValueError(f"cu_seqlens is {ends}; it must rise from 0 to the length, {length}")
+
+
+def _check_state(
+    state: MemoryState,
+    rows: int,
+    key: Tensor,
+    value: Tensor,
+    sigma: feature_maps.FeatureMap,
+    segment_length: int,
+) -> None:
+    if state.segment_length != segment_length:
+        raise ValueError(
+            f"state was made with segment_length {state.segment_length}, this call has {segment_length}; "
+            "use the same"
+        )
+    feature_dim = sigma.feature_dim(key.shape[-1])
+    expected = (rows, key.shape[1], feature_dim, value.shape[-1])
+    if state.memory.shape != expected:
+        raise ValueError(
+            f"state.memory has shape {tuple(state.memory.shape)}; these inputs need {expected} "
+            "(rows, kv_heads, feature_dim, value_dim): use a state of the same model, batch and feature map"
+        )
+    dtype = state_dtype(key.dtype)
+    if state.memory.dtype != dtype or state.normalizer.dtype != dtype:
+        raise ValueError(
+            f"state.memory has dtype {state.memory.dtype}; with {key.dtype} inputs it must be {dtype}"
+        )
+    if state.memory.device != key.device:
+        raise ValueError(
+            f"state is on {state.memory.device}, inputs on {key.device}; "
+            f"move it: state.to({str(key.device)!r})"
+        )
+    if state.local_key.dtype != key.dtype:
+        raise ValueError(
+            f"state's open segment is {state.local_key.dtype}, inputs are {key.dtype}; convert the inputs"
+        )
+
+
+def _check_finite(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise ValueError(
+                f"{name} holds {bad} values that are NaN or infinite; look for where they were made"
+            )
+
+
+def _checked_weights(weights: Tensor, layout: Layout, state: MemoryState) -> Tensor:
+    expected = (layout.rows, layout.columns)
+    if weights.shape != expected:
+        raise ValueError(
+            f"segment_weights has shape {tuple(weights.shape)}; "
+            f"this call touches (rows, segments) = {expected}"
+        )
+    weights = weights.to(state.memory.device, state.memory.dtype)
+    if not bool(((weights >= 0) & torch.isfinite(weights)).all()):
+        raise ValueError(
+            f"segment_weights has minimum {weights.min().item()}; weights are finite and at least 0"
+        )
+    return weights

@@ -1,0 +1,247 @@
+"""Where the cuts fall: from rows of tokens, padded or packed, to segments.
+
+Every row is a sequence of its own, cut at multiples of N from its own first real token. One call's new
+tokens fall into at most three parts, the same for every row:
+
+    row 0   ..open|head---|whole--|whole--|tail..        N = 8, 2 tokens already open
+    row 1     open|head-----|whole--|tail.               4 tokens already open, a shorter row
+
+`head` finishes the open segment, `whole` segments are complete, `tail` opens the next one. Padding is
+taken out before anything is computed and put back, as zeros, into the output.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stretches:
+    """Runs of consecutive real tokens, each of one row, to be handled side by side.
+
+    `starts` and `counts` are in tokens of the row. `columns` says which of the call's segments each run
+    lies in. Where the runs are the same slice of every row, `span` is that slice; else `index` holds their
+    flat (batch * length) positions, (runs, width), in which places beyond a run's end repeat a real token.
+    """
+
+    rows: list[int]
+    starts: list[int]
+    counts: list[int]
+    columns: list[int]
+    span: slice | None
+    index: Tensor | None
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest run."""
+        return max(self.counts)
+
+    def valid(self, device: torch.device) -> Tensor:
+        """(runs, width) bool, True = a real token."""
+        counts = torch.tensor(self.counts, device=device)
+        return torch.arange(self.width, device=device) < counts[:, None]
+
+
+@dataclass(frozen=True)
+class Whole(Stretches):
+    """Whole segments, step by step: first every row's first, then every row's second, ...
+
+    Rows stand in `order`, those with most segments first, so the rows still running at any step are the
+    first `active[step]` of them.
+    """
+
+    order: list[int]
+    active: list[int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The plan of one call: which tokens are real, whose they are, and how they are cut.
+
+    `real` lists the flat (batch * length) positions of the real tokens, row after row; None when every
+    token is real and rows are the batch's own.
+    """
+
+    batch: int
+    length: int
+    segment_length: int
+    open_lengths: list[int]
+    counts: list[int]
+    real: Tensor | None
+    device: torch.device
+
+    @property
+    def rows(self) -> int:
+        """Number of sequences: batch size, or documents of a packed batch."""
+        return len(self.counts)
+
+    @cached_property
+    def head(self) -> Stretches | None:
+        """What continues the open segments; None if no row has one or there is nothing to add."""
+        if not any(self.open_lengths):
+            return None
+        return self._open_stretches([0] * self.rows, self._head_counts, [0] * self.rows)
+
+    @cached_property
+    def tail(self) -> Stretches | None:
+        """What is left after the last whole segment of each row; None if nothing is."""
+        starts = [head + whole * self.segment_length for head, whole in self._done]
+        counts = [count - start for count, start in zip(self.counts, starts, strict=True)]
+        return self._open_stretches(starts, counts, [self._first_column + whole for _, whole in self._done])
+
+    def whole(self, block_tokens: int) -> list[Whole]:
+        """All whole segments, in blocks of about `block_tokens` tokens and at least one step."""
+        segments = [whole for _, whole in self._done]
+        order = sorted(range(self.rows), key=lambda row: -segments[row])
+        active = [sum(count > step for count in segments) for step in range(max(segments, default=0))]
+        steps = max(1, block_tokens // (self.segment_length * max(1, self.rows)))
+        return [
+            self._whole_block(order, active, first, min(first + steps, len(active)))
+            for first in range(0, len(active), steps)
+        ]
+
+    @property
+    def columns(self) -> int:
+        """Number of segments that the longest row touches in this call."""
+        return max(
+            -(-(used + count) // self.segment_length)
+            for used, count in zip(self.open_lengths, self.counts, strict=True)
+        )
+
+    def take(self, x: Tensor, part: Stretches) -> Tensor:
+        """The tokens of `part`: (batch, heads, length, dim) to (runs, heads, width, dim)."""
+        if part.span is not None:
+            return _fold(x[:, :, part.span], part.width)
+        return x.transpose(1, 2).flatten(0, 1)[part.index].transpose(1, 2)
+
+    def put(self, parts: Sequence[tuple[Stretches, Tensor]], query: Tensor, value_dim: int) -> Tensor:
+        """The inverse of `take` for all parts of a call: (batch, heads, length, value_dim), 0 at padding.
+
+        `query` gives dtype, device and number of heads.
+        """
+        if parts and all(part.span is not None for part, _ in parts):
+            return torch.cat([_unfold(values, self.batch) for _, values in parts], dim=2)
+        flat = query.new_zeros(self.batch * self.length, query.shape[1], value_dim)
+        for part, values in parts:
+            assert part.index is not None
+            valid = part.valid(query.device)
+            flat = flat.index_copy(0, part.index[valid], values.transpose(1, 2)[valid])
+        return flat.reshape(self.batch, self.length, *flat.shape[1:]).transpose(1, 2)
+
+    @property
+    def _uniform(self) -> bool:
+        return self.real is None and len(set(self.open_lengths)) == 1
+
+    @property
+    def _first_column(self) -> int:
+        return 1 if self.head is not None else 0
+
+    @cached_property
+    def _head_counts(self) -> list[int]:
+        if not any(self.open_lengths):
+            return [0] * self.rows
+        free = [self.segment_length - used for used in self.open_lengths]
+        return [min(count, room) for count, room in zip(self.counts, free, strict=True)]
+
+    @cached_property
+    def _done(self) -> list[tuple[int, int]]:
+        """Per row: tokens of the head, number of whole segments after it."""
+        pairs = zip(self.counts, self._head_counts, strict=True)
+        return [(head, (count - head) // self.segment_length) for count, head in pairs]
+
+    def _open_stretches(self, starts: list[int], counts: list[int], columns: list[int]) -> Stretches | None:
+        if not any(counts):
+            return None
+        rows = list(range(self.rows))
+        span = slice(starts[0], starts[0] + counts[0]) if self._uniform else None
+        index = None if self._uniform else self._index(rows, starts, max(counts))
+        return Stretches(rows, starts, counts, columns, span, index)
+
+    def _whole_block(self, order: list[int], active: list[int], first: int, last: int) -> Whole:
+        pairs = [(step, row) for step in range(first, last) for row in order[: active[step]]]
+        size, head = self.segment_length, self._head_counts
+        rows = [row for _, row in pairs]
+        starts = [head[row] + step * size for step, row in pairs]
+        columns = [self._first_column + step for step, _ in pairs]
+        span = slice(head[0] + first * size, head[0] + last * size) if self._uniform else None
+        index = None if self._uniform else self._index(rows, starts, size)
+        return Whole(rows, starts, [size] * len(pairs), columns, span, index, order, active[first:last])
+
+    def _index(self, rows: list[int], starts: list[int], width: int) -> Tensor:
+        """(runs, width) flat positions in the input; places beyond a row's last real token repeat it."""
+        counts = torch.tensor(self.counts)
+        row = torch.tensor(rows)
+        first, last = (counts.cumsum(0) - counts)[row], (counts.cumsum(0) - 1)[row]
+        places = (first + torch.tensor(starts))[:, None] + torch.arange(width)
+        places = places.minimum(last[:, None]).clamp(min=0).to(self.device)
+        return places if self.real is None else self.real[places]
+
+
+def _fold(x: Tensor, width: int) -> Tensor:
+    """(batch, heads, steps * width, dim) to (steps * batch, heads, width, dim)."""
+    batch, heads, _, dim = x.shape
+    return x.reshape(batch, heads, -1, width, dim).permute(2, 0, 1, 3, 4).flatten(0, 1)
+
+
+def _unfold(x: Tensor, batch: int) -> Tensor:
+    """The inverse of `_fold`."""
+    return x.reshape(-1, batch, *x.shape[1:]).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def plan(
+    batch: int,
+    length: int,
+    *,
+    segment_length: int,
+    open_lengths: list[int],
+    device: torch.device,
+    padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Layout:
+    """The layout of a (batch, length) input whose rows already have `open_lengths` tokens open."""
+    real: Tensor | None = None
+    counts = [length] * batch
+    if cu_seqlens is not None:
+        counts = cu_seqlens.diff().tolist()
+        real = torch.arange(length, device=device)
+    elif padding_mask is not None and not bool(padding_mask.all()):
+        counts = padding_mask.sum(dim=1).tolist()
+        real = padding_mask.to(device).flatten().nonzero().squeeze(1)
+    return Layout(batch, length, segment_length, open_lengths, counts, real, device)
+
+
+def segment_positions(
+    length: int,
+    *,
+    segment_length: int,
+    open_lengths: Tensor | None = None,
+    padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Each token's position inside its own segment, which is where local position embeddings restart.
+
+    `open_lengths` (rows,) are the tokens each row has open already (`MemoryState.open_length`), None for
+    none; `padding_mask` (batch, length) bool; `cu_seqlens` (documents + 1,) for a packed batch of one.
+    Returns (batch, length) int64 in [0, segment_length), with batch 1 when all rows are alike; 0 at padding.
+    """
+    if cu_seqlens is not None:
+        starts = cu_seqlens.to(device, torch.int64)
+        order = torch.arange(length, device=device)
+        document = torch.searchsorted(starts, order, right=True) - 1
+        places = (order - starts[document]).unsqueeze(0)
+        used = 0 if open_lengths is None else open_lengths.to(device)[document]
+        return (places + used) % segment_length
+    if padding_mask is not None:
+        mask = padding_mask.to(device)
+        places = mask.to(torch.int64).cumsum(dim=1) - 1
+    else:
+        places = torch.arange(length, device=device).unsqueeze(0)
+    if open_lengths is not None:
+        alike = padding_mask is None and bool((open_lengths == open_lengths[0]).all())
+        places = places + (open_lengths[:1] if alike else open_lengths).to(device)[:, None]
+    places = places % segment_length
+    return places if padding_mask is None else places.masked_fill(~mask, 0)

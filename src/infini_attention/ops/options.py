@@ -1,0 +1,48 @@
+"""What a backend is given: checked tensors and checked settings."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from infini_attention.ops.feature_maps import FeatureMap
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of one call, all checked; names as in `infini_attention`."""
+
+    segment_length: int
+    update_rule: str
+    feature_map: FeatureMap
+    empty_memory: str
+    scale: float
+    softcap: float | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors of one call, all checked, no defaults left to fill in; shapes as in `infini_attention`.
+
+    `segment_weights` is (rows, segments) in the state's dtype, or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    local_query: Tensor
+    local_key: Tensor
+    gate: Tensor
+    segment_weights: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor], segment_weights: Tensor | None) -> "Inputs":
+        """`function` of every tensor of tokens, with other segment weights."""
+        return Inputs(
+            query=function(self.query),
+            key=function(self.key),
+            value=function(self.value),
+            local_query=function(self.local_query),
+            local_key=function(self.local_key),
+            gate=self.gate,
+            segment_weights=segment_weights,
+        )

@@ -1,0 +1,201 @@
+"""All segments at once in torch: any device, any length.
+
+Segments do not wait for each other. Local attention takes them as a batch; each segment's own sums
+
+    B_s = sigma(K_s)^T V_s,   z_s = sum_t sigma(K_t),   A_s = sigma(K_s)^T diag(1 / sigma(K_s) z) sigma(K_s)
+
+depend on nothing before it (A_s only on z, a prefix sum). What is left in order is one small step a
+segment: M <- M + B_s for the linear rule (8), M <- M - A_s M + B_s for the delta rule (9). The scans keep
+the state *before* each segment, so nothing is ever subtracted from a prefix sum.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from infini_attention.ops.layout import Layout, Stretches, Whole
+from infini_attention.ops.local import local_attention
+from infini_attention.ops.options import Inputs, Options
+from infini_attention.ops.state import MemoryState, is_empty, read, safe_denominator
+
+BLOCK_TOKENS = (
+    16_384  # whole segments are taken in blocks of about this size, which bounds what is alive at once
+)
+
+
+def parallel(
+    inputs: Inputs, layout: Layout, state: MemoryState, options: Options
+) -> tuple[Tensor, MemoryState]:
+    """Output (batch, heads, length, value_dim) and new state; see `infini_attention` for the contract."""
+    parts: list[tuple[Stretches, Tensor]] = []
+    if layout.head is not None:
+        output, state = _open_segment(_take(inputs, layout, layout.head), layout.head, state, options)
+        parts.append((layout.head, output))
+    for block in layout.whole(BLOCK_TOKENS):
+        output, state = _whole_segments(_take(inputs, layout, block), block, state, options)
+        parts.append((block, output))
+    if layout.tail is not None:
+        output, state = _open_segment(_take(inputs, layout, layout.tail), layout.tail, state, options)
+        parts.append((layout.tail, output))
+    return layout.put(parts, inputs.query, inputs.value.shape[-1]), state
+
+
+def _take(inputs: Inputs, layout: Layout, part: Stretches) -> Inputs:
+    """The tokens and weights of one part: tensors (runs, heads, width, dim), weights (runs,)."""
+    weights = inputs.segment_weights
+    if weights is not None:
+        weights = weights[part.rows, part.columns]
+    return inputs.map(lambda x: layout.take(x, part), weights)
+
+
+def _whole_segments(
+    inputs: Inputs, block: Whole, state: MemoryState, options: Options
+) -> tuple[Tensor, MemoryState]:
+    """Segments that are complete, of rows that have none open."""
+    keys, values = _features(inputs.key, state, options), inputs.value.to(state.memory.dtype)
+    weight = 1.0 if inputs.segment_weights is None else inputs.segment_weights[:, None, None, None]
+    order = torch.tensor(block.order, device=keys.device)
+
+    normalizer_sums = (keys * weight).sum(dim=2)
+    before_z, last_z = _scan(state.normalizer[order], block.active, lambda z, runs: z + normalizer_sums[runs])
+
+    memory_sums = keys.transpose(-1, -2) @ values * weight
+    if options.update_rule == "delta":
+        removal = keys.transpose(-1, -2) @ (keys * _reciprocal(keys, before_z))  # A_s
+
+        def step(M: Tensor, runs: slice) -> Tensor:
+            return M - removal[runs] @ M + memory_sums[runs]
+    else:
+
+        def step(M: Tensor, runs: slice) -> Tensor:
+            return M + memory_sums[runs]
+
+    before_M, last_M = _scan(state.memory[order], block.active, step)
+
+    local = local_attention(
+        inputs.local_query, inputs.local_key, inputs.value, scale=options.scale, softcap=options.softcap
+    )
+    output = _mix(inputs, local, before_M, before_z, options)
+    counts = torch.bincount(torch.tensor(block.rows), minlength=state.batch_size)
+    back = order.argsort()
+    return output, MemoryState(
+        memory=last_M[back],
+        normalizer=last_z[back],
+        pending_memory=state.pending_memory,
+        pending_normalizer=state.pending_normalizer,
+        local_key=state.local_key,
+        local_value=state.local_value,
+        length=state.length + counts * options.segment_length,
+        segment_length=options.segment_length,
+    )
+
+
+def _scan(start: Tensor, active: list[int], step: Callable[[Tensor, slice], Tensor]) -> tuple[Tensor, Tensor]:
+    """Runs `step` over the segments in order: the state before each segment, and after the last of each row.
+
+    `start` (rows, ...) has its rows in the block's order; at step s the first `active[s]` of them run.
+    """
+    current, before, first = start, [], 0
+    for running in active:
+        before.append(current[:running])
+        after = step(current[:running], slice(first, first + running))
+        current = after if running == len(current) else torch.cat([after, current[running:]])
+        first += running
+    return torch.cat(before), current
+
+
+def _open_segment(
+    inputs: Inputs, part: Stretches, state: MemoryState, options: Options
+) -> tuple[Tensor, MemoryState]:
+    """One run a row, inside the row's open segment; segments that become whole are added to memory."""
+    used = state.open_length
+    counts = torch.tensor(part.counts)
+    valid = part.valid(inputs.query.device)[:, None, :, None]
+    keys = torch.where(valid, _features(inputs.key, state, options), 0)
+    values = torch.where(valid, inputs.value, 0).to(keys.dtype)
+    weight = 1.0 if inputs.segment_weights is None else inputs.segment_weights[:, None, None, None]
+
+    local_keys = torch.cat([state.local_key, inputs.local_key], dim=2)
+    local_values = torch.cat([state.local_value, inputs.value], dim=2)
+    old = state.local_key.shape[2]
+    mask = _open_mask(used, part.width, old).to(keys.device) if old else None  # None: causal
+    local = local_attention(
+        inputs.local_query, local_keys, local_values, scale=options.scale, softcap=options.softcap, mask=mask
+    )
+    output = _mix(inputs, local, state.memory, state.normalizer, options)
+
+    new_values = values * weight
+    if options.update_rule == "delta":
+        new_values = new_values - keys @ state.memory * _reciprocal(keys, state.normalizer)
+    pending_memory = state.pending_memory + keys.transpose(-1, -2) @ new_values
+    pending_normalizer = state.pending_normalizer + (keys * weight).sum(dim=2)
+
+    finished = used + counts == options.segment_length
+    still_open = torch.where(finished, 0, used + counts)
+    kept = _kept(used, still_open, old).to(keys.device)
+    finished = finished.to(keys.device)[:, None, None]
+    return output, MemoryState(
+        memory=torch.where(finished[..., None], state.memory + pending_memory, state.memory),
+        normalizer=torch.where(finished, state.normalizer + pending_normalizer, state.normalizer),
+        pending_memory=torch.where(finished[..., None], 0, pending_memory),
+        pending_normalizer=torch.where(finished, 0, pending_normalizer),
+        local_key=_gather(local_keys, kept),
+        local_value=_gather(local_values, kept),
+        length=state.length + counts,
+        segment_length=options.segment_length,
+    )
+
+
+def _open_mask(used: Tensor, new: int, width: int) -> Tensor:
+    """(rows, 1, new, width + new): which keys each new token sees, `width` places being the state's.
+
+    1 1 0 | 1 0 0      a row with 2 of 3 places used, and 3 new tokens
+    1 1 0 | 1 1 0
+    1 1 0 | 1 1 1
+    """
+    old = torch.arange(width) < used[:, None]
+    causal = torch.ones(new, new, dtype=torch.bool).tril()
+    rows = len(used)
+    return torch.cat([old[:, None].expand(rows, new, width), causal.expand(rows, new, new)], dim=2)[:, None]
+
+
+def _kept(used: Tensor, still_open: Tensor, width: int) -> Tensor:
+    """(rows, longest open): where each row's open tokens stand among `width` old places and the new ones.
+
+    Places beyond a row's open segment are -1.
+    """
+    places = torch.arange(int(still_open.max()))
+    sources = torch.where(places < used[:, None], places, width + places - used[:, None])
+    return torch.where(places < still_open[:, None], sources, -1)
+
+
+def _gather(x: Tensor, places: Tensor) -> Tensor:
+    """(rows, heads, n, dim) and (rows, m) to (rows, heads, m, dim); zero where `places` is -1."""
+    places = places[:, None, :, None]
+    index = places.clamp(min=0).expand(-1, x.shape[1], -1, x.shape[3])
+    return torch.where(places < 0, 0, x.gather(2, index))
+
+
+def _features(x: Tensor, state: MemoryState, options: Options) -> Tensor:
+    return options.feature_map(x.to(state.memory.dtype))
+
+
+def _reciprocal(keys: Tensor, normalizer: Tensor) -> Tensor:
+    """1 / (sigma(K) z), (..., length, 1); zero where the memory is empty, so nothing is taken out of it."""
+    reciprocal = safe_denominator(keys @ normalizer.unsqueeze(-1)).reciprocal()
+    return torch.where(is_empty(normalizer)[..., None, None], 0, reciprocal)
+
+
+def _mix(inputs: Inputs, local: Tensor, memory: Tensor, normalizer: Tensor, options: Options) -> Tensor:
+    """Equations (7) and (10): the gate's mixture of what memory and local attention answer."""
+    runs, heads, length, _ = inputs.query.shape
+    features = options.feature_map(inputs.query.to(memory.dtype))
+    grouped = features.reshape(runs, memory.shape[1], -1, features.shape[-1])  # a group reads one memory
+    from_memory = read(grouped, memory, normalizer).reshape(runs, heads, length, -1)
+
+    share = torch.sigmoid(inputs.gate.to(memory.dtype)).view(1, heads, 1, 1)
+    if options.empty_memory == "local":
+        empty = is_empty(normalizer).repeat_interleave(heads // memory.shape[1], dim=1)
+        share = torch.where(empty[..., None, None], 0, share)
+    return (share * from_memory + (1 - share) * local.to(memory.dtype)).to(inputs.query.dtype)

@@ -1,0 +1,110 @@
+"""The paper's loop, one row and one segment at a time: slow, short, and the truth that tests compare with.
+
+Equation numbers are those of arXiv 2404.07143. Beside them stands only what the paper leaves open: the
+empty memory, and a segment that arrives in several pieces.
+"""
+
+import torch
+from torch import Tensor
+
+from infini_attention.ops.layout import Layout
+from infini_attention.ops.local import local_attention
+from infini_attention.ops.options import Inputs, Options
+from infini_attention.ops.state import MemoryState, is_empty, safe_denominator
+
+
+def reference(
+    inputs: Inputs, layout: Layout, state: MemoryState, options: Options
+) -> tuple[Tensor, MemoryState]:
+    """Output (batch, heads, length, value_dim) and new state; see `infini_attention` for the contract."""
+    heads, value_dim = inputs.query.shape[1], inputs.value.shape[-1]
+    output = inputs.query.new_zeros(layout.batch * layout.length, heads, value_dim)
+    states, first = [], 0
+    for row, count in enumerate(layout.counts):
+        tokens = torch.arange(first, first + count, device=output.device)
+        tokens = tokens if layout.real is None else layout.real[tokens]
+        row_state = state.select(torch.tensor([row]))
+        row_output, row_state = _row(_pick(inputs, tokens, row), row_state, options)
+        output = output.index_copy(0, tokens, row_output.squeeze(0).transpose(0, 1))
+        states.append(row_state)
+        first += count
+    output = output.reshape(layout.batch, layout.length, heads, value_dim).transpose(1, 2)
+    return output, MemoryState.cat(states)
+
+
+def _pick(inputs: Inputs, tokens: Tensor, row: int) -> Inputs:
+    """The tokens at the given flat (batch * length) positions, as a batch of one row."""
+    weights = inputs.segment_weights
+    return inputs.map(
+        lambda x: x.transpose(1, 2).flatten(0, 1)[tokens].transpose(0, 1).unsqueeze(0),
+        None if weights is None else weights[row : row + 1],
+    )
+
+
+def _row(inputs: Inputs, state: MemoryState, options: Options) -> tuple[Tensor, MemoryState]:
+    """One sequence without padding: (1, heads, count, ...) inputs, a state of one row."""
+    length, first, column = inputs.query.shape[2], 0, 0
+    outputs = [inputs.query.new_zeros(1, inputs.query.shape[1], 0, inputs.value.shape[-1])]
+    while first < length:
+        last = min(first + options.segment_length - int(state.open_length), length)
+        piece = inputs.map(lambda x: x[:, :, first:last], inputs.segment_weights)  # noqa: B023
+        output, state = _piece(piece, column, state, options)
+        outputs.append(output)
+        first, column = last, column + 1
+    return torch.cat(outputs, dim=2), state
+
+
+def _piece(inputs: Inputs, column: int, state: MemoryState, options: Options) -> tuple[Tensor, MemoryState]:
+    """Tokens that lie in one segment: attend, then add them to the open segment's sums."""
+    sigma, group = options.feature_map, inputs.query.shape[1] // inputs.key.shape[1]
+    dtype = state.memory.dtype
+    M, z = state.memory, state.normalizer
+    V = inputs.value.to(dtype)
+    sigma_q, sigma_k = sigma(inputs.query.to(dtype)), sigma(inputs.key.to(dtype))
+
+    # (6) local attention over the segment so far
+    K_local = torch.cat([state.local_key, inputs.local_key], dim=2)
+    V_local = torch.cat([state.local_value, inputs.value], dim=2)
+    A_dot = _local(inputs.local_query, K_local, V_local, options)
+
+    # (7) read the memory of all earlier segments
+    heads_M, heads_z = M.repeat_interleave(group, dim=1), z.repeat_interleave(group, dim=1)
+    A_mem = _retrieve(sigma_q, heads_M, heads_z)
+
+    # (10) mix; an empty memory has no share, unless the paper's literal form is asked for
+    share = torch.sigmoid(inputs.gate)[None, :, None, None].to(dtype)
+    if options.empty_memory == "local":
+        share = torch.where(is_empty(heads_z)[..., None, None], torch.zeros_like(share), share)
+    A = share * A_mem + (1 - share) * A_dot.to(dtype)
+
+    # (8), (9) the segment's sums; `weight` is how often it counts
+    weight = 1 if inputs.segment_weights is None else inputs.segment_weights[0, column]
+    values = weight * V
+    if options.update_rule == "delta":
+        values = values - _retrieve(sigma_k, M, z)
+    pending_memory = state.pending_memory + sigma_k.transpose(-1, -2) @ values
+    pending_normalizer = state.pending_normalizer + (weight * sigma_k).sum(dim=2)
+
+    length = state.length + inputs.query.shape[2]
+    if int(length) % options.segment_length == 0:  # the segment is whole: it becomes memory
+        M, z = M + pending_memory, z + pending_normalizer
+        pending_memory, pending_normalizer = torch.zeros_like(M), torch.zeros_like(z)
+        K_local, V_local = K_local[:, :, :0], V_local[:, :, :0]
+    new_state = MemoryState(
+        M, z, pending_memory, pending_normalizer, K_local, V_local, length, options.segment_length
+    )
+    return A.to(inputs.query.dtype), new_state
+
+
+def _retrieve(features: Tensor, M: Tensor, z: Tensor) -> Tensor:
+    """sigma(X) M / (sigma(X) z), and zero from an empty memory."""
+    retrieved = features @ M / safe_denominator(features @ z.unsqueeze(-1))
+    return torch.where(is_empty(z)[..., None, None], torch.zeros_like(retrieved), retrieved)
+
+
+def _local(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:
+    new, total = query.shape[2], key.shape[2]
+    mask = None
+    if new != total:  # query i is token total - new + i of the segment
+        mask = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(total - new)
+    return local_attention(query, key, value, scale=options.scale, softcap=options.softcap, mask=mask)

@@ -1,0 +1,161 @@
+"""MemoryState: all that one layer carries from call to call, and how it is read."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infini_attention.ops import feature_maps
+
+DENOMINATOR_FLOOR = 1e-30  # far below any sum of features that carries information, far above fp32 underflow
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The memory's precision for inputs of `dtype`: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def safe_denominator(x: Tensor) -> Tensor:
+    """`x`, with magnitudes under the floor replaced by the floor."""
+    return torch.where(x.abs() < DENOMINATOR_FLOOR, torch.full_like(x, DENOMINATOR_FLOOR), x)
+
+
+def is_empty(normalizer: Tensor) -> Tensor:
+    """(...,) bool: True where the memory whose `normalizer` is (..., feature_dim) holds nothing yet."""
+    return (normalizer == 0).all(dim=-1)
+
+
+def read(features: Tensor, memory: Tensor, normalizer: Tensor) -> Tensor:
+    """Equation (7): sigma(Q) M / (sigma(Q) z); zero where the memory is empty.
+
+    `features` (..., length, feature_dim), `memory` (..., feature_dim, value_dim),
+    `normalizer` (..., feature_dim); returns (..., length, value_dim).
+    """
+    return features @ memory / safe_denominator(features @ normalizer.unsqueeze(-1))
+
+
+@dataclass
+class MemoryState:
+    """What one layer knows of the tokens so far: fixed size, whatever their number.
+
+    Tensors are fp32 (fp64 where the inputs are), except the open segment's local keys and values,
+    which keep the inputs' dtype. Rows are the batch's sequences, or the documents of a packed batch.
+
+    Attributes:
+        memory: M of the last whole segment, (batch, kv_heads, feature_dim, value_dim).
+        normalizer: z of the last whole segment, (batch, kv_heads, feature_dim).
+        pending_memory: what the open segment will add to `memory`, same shape.
+        pending_normalizer: what the open segment will add to `normalizer`, same shape.
+        local_key: the open segment's keys as local attention sees them,
+            (batch, kv_heads, open, head_dim), right-padded to the row with the longest open segment.
+        local_value: its values, (batch, kv_heads, open, value_dim).
+        length: each row's real tokens so far, (batch,) int64 on the CPU, since it decides where cuts fall.
+        segment_length: N, the number of tokens in a segment.
+    """
+
+    memory: Tensor
+    normalizer: Tensor
+    pending_memory: Tensor
+    pending_normalizer: Tensor
+    local_key: Tensor
+    local_value: Tensor
+    length: Tensor
+    segment_length: int
+
+    @classmethod
+    def empty(
+        cls,
+        batch_size: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        *,
+        segment_length: int,
+        feature_map: str = "elu1",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> "MemoryState":
+        """The state before the first token; `dtype` is that of the inputs to come."""
+        feature_dim = feature_maps.get(feature_map).feature_dim(head_dim)
+
+        def zeros(*sizes: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(batch_size, kv_heads, *sizes, dtype=dtype, device=device)
+
+        return cls(
+            memory=zeros(feature_dim, value_dim, dtype=state_dtype(dtype)),
+            normalizer=zeros(feature_dim, dtype=state_dtype(dtype)),
+            pending_memory=zeros(feature_dim, value_dim, dtype=state_dtype(dtype)),
+            pending_normalizer=zeros(feature_dim, dtype=state_dtype(dtype)),
+            local_key=zeros(0, head_dim, dtype=dtype),
+            local_value=zeros(0, value_dim, dtype=dtype),
+            length=torch.zeros(batch_size, dtype=torch.int64),
+            segment_length=segment_length,
+        )
+
+    @classmethod
+    def cat(cls, states: Sequence["MemoryState"]) -> "MemoryState":
+        """The rows of all `states`, in order; ValueError if their segment lengths differ."""
+        lengths = sorted({state.segment_length for state in states})
+        if len(lengths) != 1:
+            raise ValueError(f"cannot join states with segment_length {lengths}; use states of one model")
+        open_width = max(state.local_key.shape[2] for state in states)
+        columns: dict[str, Any] = {}
+        for name in _tensor_names():
+            parts = [getattr(state, name) for state in states]
+            if name in ("local_key", "local_value"):
+                parts = [F.pad(part, (0, 0, 0, open_width - part.shape[2])) for part in parts]
+            columns[name] = torch.cat(parts)
+        return cls(**columns, segment_length=lengths[0])
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self.memory.shape[0]
+
+    @property
+    def open_length(self) -> Tensor:
+        """(batch,) int64 on the CPU: tokens of each row's open segment, not yet in `memory`."""
+        return self.length % self.segment_length
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(getattr(self, name).nbytes for name in _tensor_names())
+
+    def read(self, query: Tensor, *, feature_map: str = "elu1") -> Tensor:
+        """What `memory` answers to un-rotated queries, by equation (7).
+
+        `query` is (batch, heads, length, head_dim), `heads` a multiple of the state's kv_heads.
+        Returns (batch, heads, length, value_dim) in the state's dtype; zero where memory is empty.
+        """
+        batch, heads, length, _ = query.shape
+        features = feature_maps.get(feature_map)(query.to(self.memory.dtype))
+        grouped = features.reshape(batch, self.memory.shape[1], -1, features.shape[-1])
+        return read(grouped, self.memory, self.normalizer).reshape(batch, heads, length, -1)
+
+    def select(self, rows: Tensor) -> "MemoryState":
+        """The given rows, in the given order; `rows` is (n,) integer and may repeat or drop rows."""
+        return self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device, torch.int64)))
+
+    def detach(self) -> "MemoryState":
+        """The same values, cut off from the graph that made them."""
+        return self._map(Tensor.detach)
+
+    def clone(self) -> "MemoryState":
+        """A copy that shares no memory with this state; gradients flow through."""
+        return self._map(Tensor.clone)
+
+    def to(self, device: torch.device | str) -> "MemoryState":
+        """The state on `device`; dtypes do not change and `length` stays on the CPU."""
+        return self._map(lambda tensor: tensor.to(device), length=self.length)
+
+    def _map(self, function: Callable[[Tensor], Tensor], **kept: Tensor) -> "MemoryState":
+        changed = {name: function(getattr(self, name)) for name in _tensor_names() if name not in kept}
+        return MemoryState(**changed, **kept, segment_length=self.segment_length)
+
+
+def _tensor_names() -> list[str]:
+    return [field.name for field in fields(MemoryState) if field.name != "segment_length"]
