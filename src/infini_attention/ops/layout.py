@@ -10,7 +10,6 @@ tokens fall into at most three parts, the same for every row:
 taken out before anything is computed and put back, as zeros, into the output.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,14 +46,22 @@ class Stretches:
 
 @dataclass(frozen=True)
 class Whole(Stretches):
-    """Whole segments, step by step: first every row's first, then every row's second, ...
+    """Whole segments, row after row.
 
-    Rows stand in `order`, those with most segments first, so the rows still running at any step are the
-    first `active[step]` of them.
+    `segments` counts those of each row: run i of row r is the row's i-th segment in this block.
     """
 
-    order: list[int]
-    active: list[int]
+    segments: list[int]
+
+    def steps(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """What happens in order: at each step, the rows that still have a segment, and its run."""
+        counts = torch.tensor(self.segments)
+        first = counts.cumsum(0) - counts
+        return [
+            (rows.to(device), (first[rows] + step).to(device))
+            for step in range(max(self.segments))
+            for rows in [(counts > step).nonzero().squeeze(1)]
+        ]
 
 
 @dataclass(frozen=True)
@@ -92,16 +99,12 @@ class Layout:
         counts = [count - start for count, start in zip(self.counts, starts, strict=True)]
         return self._open_stretches(starts, counts, [self._first_column + whole for _, whole in self._done])
 
-    def whole(self, block_tokens: int) -> list[Whole]:
-        """All whole segments, in blocks of about `block_tokens` tokens and at least one step."""
-        segments = [whole for _, whole in self._done]
-        order = sorted(range(self.rows), key=lambda row: -segments[row])
-        active = [sum(count > step for count in segments) for step in range(max(segments, default=0))]
-        steps = max(1, block_tokens // (self.segment_length * max(1, self.rows)))
-        return [
-            self._whole_block(order, active, first, min(first + steps, len(active)))
-            for first in range(0, len(active), steps)
-        ]
+    def whole(self, block_tokens: int | None = None) -> list[Whole]:
+        """All whole segments, in blocks of about `block_tokens` tokens; None for a single block."""
+        most = max((whole for _, whole in self._done), default=0)
+        steps = most if block_tokens is None else block_tokens // (self.segment_length * self.rows)
+        steps = max(1, steps)
+        return [self._whole_block(first, min(first + steps, most)) for first in range(0, most, steps)]
 
     @property
     def columns(self) -> int:
@@ -116,20 +119,6 @@ class Layout:
         if part.span is not None:
             return _fold(x[:, :, part.span], part.width)
         return x.transpose(1, 2).flatten(0, 1)[part.index].transpose(1, 2)
-
-    def put(self, parts: Sequence[tuple[Stretches, Tensor]], query: Tensor, value_dim: int) -> Tensor:
-        """The inverse of `take` for all parts of a call: (batch, heads, length, value_dim), 0 at padding.
-
-        `query` gives dtype, device and number of heads.
-        """
-        if parts and all(part.span is not None for part, _ in parts):
-            return torch.cat([_unfold(values, self.batch) for _, values in parts], dim=2)
-        flat = query.new_zeros(self.batch * self.length, query.shape[1], value_dim)
-        for part, values in parts:
-            assert part.index is not None
-            valid = part.valid(query.device)
-            flat = flat.index_copy(0, part.index[valid], values.transpose(1, 2)[valid])
-        return flat.reshape(self.batch, self.length, *flat.shape[1:]).transpose(1, 2)
 
     @property
     def _uniform(self) -> bool:
@@ -160,15 +149,16 @@ class Layout:
         index = None if self._uniform else self._index(rows, starts, max(counts))
         return Stretches(rows, starts, counts, columns, span, index)
 
-    def _whole_block(self, order: list[int], active: list[int], first: int, last: int) -> Whole:
-        pairs = [(step, row) for step in range(first, last) for row in order[: active[step]]]
+    def _whole_block(self, first: int, last: int) -> Whole:
         size, head = self.segment_length, self._head_counts
-        rows = [row for _, row in pairs]
-        starts = [head[row] + step * size for step, row in pairs]
-        columns = [self._first_column + step for step, _ in pairs]
+        segments = [max(0, min(last, whole) - first) for _, whole in self._done]
+        pairs = [(row, step) for row in range(self.rows) for step in range(first, first + segments[row])]
+        rows = [row for row, _ in pairs]
+        starts = [head[row] + step * size for row, step in pairs]
+        columns = [self._first_column + step for _, step in pairs]
         span = slice(head[0] + first * size, head[0] + last * size) if self._uniform else None
         index = None if self._uniform else self._index(rows, starts, size)
-        return Whole(rows, starts, [size] * len(pairs), columns, span, index, order, active[first:last])
+        return Whole(rows, starts, [size] * len(pairs), columns, span, index, segments)
 
     def _index(self, rows: list[int], starts: list[int], width: int) -> Tensor:
         """(runs, width) flat positions in the input; places beyond a row's last real token repeat it."""
@@ -180,15 +170,52 @@ class Layout:
         return places if self.real is None else self.real[places]
 
 
+class Output:
+    """The output of one call, (batch, heads, length, value_dim), filled part by part; 0 at padding.
+
+    Each part is written to its place as it comes, so that none outlives its turn; a part that is all
+    there is becomes the output itself.
+    """
+
+    def __init__(self, layout: Layout, query: Tensor, value_dim: int) -> None:
+        self._layout = layout
+        self._like = query
+        self._value_dim = value_dim
+        self._tensor: Tensor | None = None
+
+    def write(self, part: Stretches, values: Tensor) -> None:
+        """Put `values` (runs, heads, width, value_dim), the inverse of `Layout.take`."""
+        if part.span == slice(0, self._layout.length):
+            self._tensor = _unfold(values, self._layout.batch)
+            return
+        output = self._zeros() if self._tensor is None else self._tensor
+        if part.span is not None:
+            output[:, :, part.span] = _unfold(values, self._layout.batch)
+        else:
+            assert part.index is not None
+            valid = part.valid(values.device)
+            flat = output.transpose(1, 2).flatten(0, 1)
+            flat.index_copy_(0, part.index[valid], values.transpose(1, 2)[valid])
+        self._tensor = output
+
+    def tensor(self) -> Tensor:
+        """The output, after every part."""
+        return self._zeros() if self._tensor is None else self._tensor
+
+    def _zeros(self) -> Tensor:
+        layout, heads = self._layout, self._like.shape[1]
+        return self._like.new_zeros(layout.batch, layout.length, heads, self._value_dim).transpose(1, 2)
+
+
 def _fold(x: Tensor, width: int) -> Tensor:
-    """(batch, heads, steps * width, dim) to (steps * batch, heads, width, dim)."""
+    """(batch, heads, steps * width, dim) to (batch * steps, heads, width, dim); a view where x allows it."""
     batch, heads, _, dim = x.shape
-    return x.reshape(batch, heads, -1, width, dim).permute(2, 0, 1, 3, 4).flatten(0, 1)
+    return x.reshape(batch, heads, -1, width, dim).transpose(1, 2).flatten(0, 1)
 
 
 def _unfold(x: Tensor, batch: int) -> Tensor:
     """The inverse of `_fold`."""
-    return x.reshape(-1, batch, *x.shape[1:]).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    return x.reshape(batch, -1, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
 
 
 def plan(

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from infini_attention.ops.feature_maps import FeatureMap
+from infini_attention.ops.state import MemoryState
 
 
 @dataclass(frozen=True)
@@ -46,3 +48,10 @@ class Inputs:
             gate=self.gate,
             segment_weights=segment_weights,
         )
+
+    def needs_gradient(self, state: MemoryState) -> bool:
+        """Whether autograd will ask for anything of this call."""
+        tensors = [self.query, self.key, self.value, self.local_query, self.local_key, self.gate]
+        tensors += [state.memory, state.normalizer, state.pending_memory, state.pending_normalizer]
+        tensors += [state.local_key, state.local_value]
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

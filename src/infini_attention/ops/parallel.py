@@ -14,13 +14,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from infini_attention.ops.layout import Layout, Stretches, Whole
+from infini_attention.ops.layout import Layout, Output, Stretches, Whole
 from infini_attention.ops.local import local_attention
 from infini_attention.ops.options import Inputs, Options
-from infini_attention.ops.state import MemoryState, is_empty, read, safe_denominator
+from infini_attention.ops.state import MemoryState, denominator, is_empty, read
+
+WholeSegments = Callable[[Inputs, Whole, MemoryState, Options], tuple[Tensor, MemoryState]]
 
 BLOCK_TOKENS = (
-    16_384  # whole segments are taken in blocks of about this size, which bounds what is alive at once
+    16_384  # without gradients, whole segments are taken in blocks: it bounds what is alive at once
 )
 
 
@@ -28,17 +30,30 @@ def parallel(
     inputs: Inputs, layout: Layout, state: MemoryState, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """Output (batch, heads, length, value_dim) and new state; see `infini_attention` for the contract."""
-    parts: list[tuple[Stretches, Tensor]] = []
+    block_tokens = None if inputs.needs_gradient(state) else BLOCK_TOKENS
+    return walk(inputs, layout, state, options, _whole_segments, block_tokens)
+
+
+def walk(
+    inputs: Inputs,
+    layout: Layout,
+    state: MemoryState,
+    options: Options,
+    whole_segments: WholeSegments,
+    block_tokens: int | None,
+) -> tuple[Tensor, MemoryState]:
+    """Finish the open segment, do all whole ones by `whole_segments`, open the next."""
+    output = Output(layout, inputs.query, inputs.value.shape[-1])
     if layout.head is not None:
-        output, state = _open_segment(_take(inputs, layout, layout.head), layout.head, state, options)
-        parts.append((layout.head, output))
-    for block in layout.whole(BLOCK_TOKENS):
-        output, state = _whole_segments(_take(inputs, layout, block), block, state, options)
-        parts.append((block, output))
+        values, state = _open_segment(_take(inputs, layout, layout.head), layout.head, state, options)
+        output.write(layout.head, values)
+    for block in layout.whole(block_tokens):
+        values, state = whole_segments(_take(inputs, layout, block), block, state, options)
+        output.write(block, values)
     if layout.tail is not None:
-        output, state = _open_segment(_take(inputs, layout, layout.tail), layout.tail, state, options)
-        parts.append((layout.tail, output))
-    return layout.put(parts, inputs.query, inputs.value.shape[-1]), state
+        values, state = _open_segment(_take(inputs, layout, layout.tail), layout.tail, state, options)
+        output.write(layout.tail, values)
+    return output.tensor(), state
 
 
 def _take(inputs: Inputs, layout: Layout, part: Stretches) -> Inputs:
@@ -55,54 +70,45 @@ def _whole_segments(
     """Segments that are complete, of rows that have none open."""
     keys, values = _features(inputs.key, state, options), inputs.value.to(state.memory.dtype)
     weight = 1.0 if inputs.segment_weights is None else inputs.segment_weights[:, None, None, None]
-    order = torch.tensor(block.order, device=keys.device)
+    steps = block.steps(keys.device)
 
     normalizer_sums = (keys * weight).sum(dim=2)
-    before_z, last_z = _scan(state.normalizer[order], block.active, lambda z, runs: z + normalizer_sums[runs])
+    before_z, normalizer = _scan(state.normalizer, steps, lambda z, runs: z + normalizer_sums[runs])
 
     memory_sums = keys.transpose(-1, -2) @ values * weight
     if options.update_rule == "delta":
-        removal = keys.transpose(-1, -2) @ (keys * _reciprocal(keys, before_z))  # A_s
+        removal = keys.transpose(-1, -2) @ (keys / denominator(keys, before_z))  # A_s
 
-        def step(M: Tensor, runs: slice) -> Tensor:
+        def step(M: Tensor, runs: Tensor) -> Tensor:
             return M - removal[runs] @ M + memory_sums[runs]
     else:
 
-        def step(M: Tensor, runs: slice) -> Tensor:
+        def step(M: Tensor, runs: Tensor) -> Tensor:
             return M + memory_sums[runs]
 
-    before_M, last_M = _scan(state.memory[order], block.active, step)
+    before_M, memory = _scan(state.memory, steps, step)
 
     local = local_attention(
         inputs.local_query, inputs.local_key, inputs.value, scale=options.scale, softcap=options.softcap
     )
     output = _mix(inputs, local, before_M, before_z, options)
-    counts = torch.bincount(torch.tensor(block.rows), minlength=state.batch_size)
-    back = order.argsort()
-    return output, MemoryState(
-        memory=last_M[back],
-        normalizer=last_z[back],
-        pending_memory=state.pending_memory,
-        pending_normalizer=state.pending_normalizer,
-        local_key=state.local_key,
-        local_value=state.local_value,
-        length=state.length + counts * options.segment_length,
-        segment_length=options.segment_length,
-    )
+    return output, state.after_whole_segments(memory, normalizer, block.segments)
 
 
-def _scan(start: Tensor, active: list[int], step: Callable[[Tensor, slice], Tensor]) -> tuple[Tensor, Tensor]:
-    """Runs `step` over the segments in order: the state before each segment, and after the last of each row.
+def _scan(
+    start: Tensor, steps: list[tuple[Tensor, Tensor]], step: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The state before each run, in the order of the runs, and the state of each row after its last one.
 
-    `start` (rows, ...) has its rows in the block's order; at step s the first `active[s]` of them run.
+    `start` is (rows, ...); `steps` are those of `Whole.steps`; `step` takes the states of some rows over
+    the runs of the given numbers.
     """
-    current, before, first = start, [], 0
-    for running in active:
-        before.append(current[:running])
-        after = step(current[:running], slice(first, first + running))
-        current = after if running == len(current) else torch.cat([after, current[running:]])
-        first += running
-    return torch.cat(before), current
+    current, before = start, []
+    for rows, runs in steps:
+        before.append(current[rows])
+        current = current.index_copy(0, rows, step(before[-1], runs))
+    order = torch.cat([runs for _, runs in steps]).argsort()
+    return torch.cat(before)[order], current
 
 
 def _open_segment(
@@ -127,7 +133,7 @@ def _open_segment(
 
     new_values = values * weight
     if options.update_rule == "delta":
-        new_values = new_values - keys @ state.memory * _reciprocal(keys, state.normalizer)
+        new_values = new_values - read(keys, state.memory, state.normalizer)
     pending_memory = state.pending_memory + keys.transpose(-1, -2) @ new_values
     pending_normalizer = state.pending_normalizer + (keys * weight).sum(dim=2)
 
@@ -179,12 +185,6 @@ def _gather(x: Tensor, places: Tensor) -> Tensor:
 
 def _features(x: Tensor, state: MemoryState, options: Options) -> Tensor:
     return options.feature_map(x.to(state.memory.dtype))
-
-
-def _reciprocal(keys: Tensor, normalizer: Tensor) -> Tensor:
-    """1 / (sigma(K) z), (..., length, 1); zero where the memory is empty, so nothing is taken out of it."""
-    reciprocal = safe_denominator(keys @ normalizer.unsqueeze(-1)).reciprocal()
-    return torch.where(is_empty(normalizer)[..., None, None], 0, reciprocal)
 
 
 def _mix(inputs: Inputs, local: Tensor, memory: Tensor, normalizer: Tensor, options: Options) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from infini_attention.ops.layout import Layout
 from infini_attention.ops.local import local_attention
 from infini_attention.ops.options import Inputs, Options
-from infini_attention.ops.state import MemoryState, is_empty, safe_denominator
+from infini_attention.ops.state import MemoryState, is_empty, read
 
 
 def reference(
@@ -63,16 +63,17 @@ def _piece(inputs: Inputs, column: int, state: MemoryState, options: Options) ->
     sigma_q, sigma_k = sigma(inputs.query.to(dtype)), sigma(inputs.key.to(dtype))
 
     # (6) local attention over the segment so far
-    K_local = torch.cat([state.local_key, inputs.local_key], dim=2)
-    V_local = torch.cat([state.local_value, inputs.value], dim=2)
+    used = int(state.open_length)  # places beyond it are there for rows with a longer open segment
+    K_local = torch.cat([state.local_key[:, :, :used], inputs.local_key], dim=2)
+    V_local = torch.cat([state.local_value[:, :, :used], inputs.value], dim=2)
     A_dot = _local(inputs.local_query, K_local, V_local, options)
 
     # (7) read the memory of all earlier segments
     heads_M, heads_z = M.repeat_interleave(group, dim=1), z.repeat_interleave(group, dim=1)
-    A_mem = _retrieve(sigma_q, heads_M, heads_z)
+    A_mem = read(sigma_q, heads_M, heads_z)
 
     # (10) mix; an empty memory has no share, unless the paper's literal form is asked for
-    share = torch.sigmoid(inputs.gate)[None, :, None, None].to(dtype)
+    share = torch.sigmoid(inputs.gate.to(dtype))[None, :, None, None]
     if options.empty_memory == "local":
         share = torch.where(is_empty(heads_z)[..., None, None], torch.zeros_like(share), share)
     A = share * A_mem + (1 - share) * A_dot.to(dtype)
@@ -81,7 +82,7 @@ def _piece(inputs: Inputs, column: int, state: MemoryState, options: Options) ->
     weight = 1 if inputs.segment_weights is None else inputs.segment_weights[0, column]
     values = weight * V
     if options.update_rule == "delta":
-        values = values - _retrieve(sigma_k, M, z)
+        values = values - read(sigma_k, M, z)
     pending_memory = state.pending_memory + sigma_k.transpose(-1, -2) @ values
     pending_normalizer = state.pending_normalizer + (weight * sigma_k).sum(dim=2)
 
@@ -94,12 +95,6 @@ def _piece(inputs: Inputs, column: int, state: MemoryState, options: Options) ->
         M, z, pending_memory, pending_normalizer, K_local, V_local, length, options.segment_length
     )
     return A.to(inputs.query.dtype), new_state
-
-
-def _retrieve(features: Tensor, M: Tensor, z: Tensor) -> Tensor:
-    """sigma(X) M / (sigma(X) z), and zero from an empty memory."""
-    retrieved = features @ M / safe_denominator(features @ z.unsqueeze(-1))
-    return torch.where(is_empty(z)[..., None, None], torch.zeros_like(retrieved), retrieved)
 
 
 def _local(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:

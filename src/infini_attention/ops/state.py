@@ -1,7 +1,7 @@
 """MemoryState: all that one layer carries from call to call, and how it is read."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -18,14 +18,19 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def safe_denominator(x: Tensor) -> Tensor:
-    """`x`, with magnitudes under the floor replaced by the floor."""
-    return torch.where(x.abs() < DENOMINATOR_FLOOR, torch.full_like(x, DENOMINATOR_FLOOR), x)
-
-
 def is_empty(normalizer: Tensor) -> Tensor:
     """(...,) bool: True where the memory whose `normalizer` is (..., feature_dim) holds nothing yet."""
     return (normalizer == 0).all(dim=-1)
+
+
+def denominator(features: Tensor, normalizer: Tensor) -> Tensor:
+    """sigma(X) z, (..., length, 1), kept off zero; infinite where the memory is empty.
+
+    Dividing by it therefore reads zero from an empty memory, and with a zero gradient.
+    """
+    product = features @ normalizer.unsqueeze(-1)
+    floored = torch.where(product.abs() < DENOMINATOR_FLOOR, DENOMINATOR_FLOOR, product)
+    return torch.where(is_empty(normalizer)[..., None, None], float("inf"), floored)
 
 
 def read(features: Tensor, memory: Tensor, normalizer: Tensor) -> Tensor:
@@ -34,7 +39,7 @@ def read(features: Tensor, memory: Tensor, normalizer: Tensor) -> Tensor:
     `features` (..., length, feature_dim), `memory` (..., feature_dim, value_dim),
     `normalizer` (..., feature_dim); returns (..., length, value_dim).
     """
-    return features @ memory / safe_denominator(features @ normalizer.unsqueeze(-1))
+    return features @ memory / denominator(features, normalizer)
 
 
 @dataclass
@@ -135,6 +140,13 @@ class MemoryState:
         features = feature_maps.get(feature_map)(query.to(self.memory.dtype))
         grouped = features.reshape(batch, self.memory.shape[1], -1, features.shape[-1])
         return read(grouped, self.memory, self.normalizer).reshape(batch, heads, length, -1)
+
+    def after_whole_segments(
+        self, memory: Tensor, normalizer: Tensor, segments: Sequence[int]
+    ) -> "MemoryState":
+        """This state with new sums, after so many whole `segments` of each row; no segment is open."""
+        length = self.length + torch.tensor(segments) * self.segment_length
+        return replace(self, memory=memory, normalizer=normalizer, length=length)
 
     def select(self, rows: Tensor) -> "MemoryState":
         """The given rows, in the given order; `rows` is (n,) integer and may repeat or drop rows."""
