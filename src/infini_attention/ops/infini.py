@@ -1,7 +1,9 @@
 """infini_attention(): the one entrance. Checks its arguments, plans the cuts, calls a backend."""
 
 import math
+import warnings
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -13,10 +15,11 @@ from infini_attention.ops.options import Inputs, Options
 from infini_attention.ops.parallel import parallel
 from infini_attention.ops.reference import reference
 from infini_attention.ops.state import MemoryState, state_dtype
+from infini_attention.ops.triton.availability import obstacle
 
 Backend = Callable[[Inputs, Layout, MemoryState, Options], tuple[Tensor, MemoryState]]
 
-BACKENDS: dict[str, Backend] = {"reference": reference, "parallel": parallel}
+BACKENDS = ("reference", "parallel", "triton")
 UPDATE_RULES = ("linear", "delta")
 EMPTY_MEMORY = ("local", "gated")
 
@@ -123,19 +126,43 @@ def infini_attention(
         softcap=softcap,
     )
     inputs = Inputs(query, key, value, local_query, local_key, gate, segment_weights)
-    return _backend(backend, query.device)(inputs, layout, state, options)
+    return _backend(backend, query, value)(inputs, layout, state, options)
 
 
-def choose_backend(device: torch.device | str) -> tuple[str, str]:
-    """The backend that "auto" takes for tensors on `device`, and the reason in words."""
-    return "parallel", f"all segments at once in torch, on {torch.device(device).type}"
+def choose_backend(
+    device: torch.device | str, *, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128
+) -> tuple[str, str]:
+    """The backend that "auto" takes for such tensors on `device`, and the reason in words."""
+    reason = obstacle(torch.device(device), dtype, head_dim)
+    if reason is None:
+        return "triton", "fused kernels for NVIDIA GPUs"
+    return "parallel", f"all segments at once in torch, because {reason}"
 
 
-def _backend(name: str, device: torch.device) -> Backend:
-    if name == "auto":
-        name, _ = choose_backend(device)
-    _check_choice("backend", name, tuple(BACKENDS))
-    return BACKENDS[name]
+def _backend(name: str, query: Tensor, value: Tensor) -> Backend:
+    _check_choice("backend", name, ("auto", *BACKENDS))
+    head_dim = max(query.shape[-1], value.shape[-1])
+    reason = obstacle(query.device, query.dtype, head_dim) if name in ("auto", "triton") else None
+    if name == "triton" and reason is not None:
+        raise ValueError(f"backend is 'triton', but {reason}; use backend='auto'")
+    if name == "auto" and reason is not None:
+        if query.is_cuda:
+            _warn_once(reason)
+        name = "parallel"
+    return {"reference": reference, "parallel": parallel}.get(name, _triton)
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"infini_attention takes its slower torch path, because {reason}", stacklevel=4)
+
+
+def _triton(
+    inputs: Inputs, layout: Layout, state: MemoryState, options: Options
+) -> tuple[Tensor, MemoryState]:
+    from infini_attention.ops.triton.backend import fused
+
+    return fused(inputs, layout, state, options)
 
 
 def _check_choice(argument: str, value: str, known: tuple[str, ...]) -> None:

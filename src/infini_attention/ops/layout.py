@@ -97,7 +97,9 @@ class Layout:
         """What is left after the last whole segment of each row; None if nothing is."""
         starts = [head + whole * self.segment_length for head, whole in self._done]
         counts = [count - start for count, start in zip(self.counts, starts, strict=True)]
-        return self._open_stretches(starts, counts, [self._first_column + whole for _, whole in self._done])
+        last = self.columns - 1  # where a row without a tail may point, too
+        columns = [min(self._first_column + whole, last) for _, whole in self._done]
+        return self._open_stretches(starts, counts, columns)
 
     def whole(self, block_tokens: int | None = None) -> list[Whole]:
         """All whole segments, in blocks of about `block_tokens` tokens; None for a single block."""

@@ -37,5 +37,7 @@ def _softcapped(
     if mask is None:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * scale / softcap)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32))
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(
+        dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)
+    )
     return weights.to(value.dtype) @ value

@@ -150,7 +150,10 @@ class MemoryState:
 
     def select(self, rows: Tensor) -> "MemoryState":
         """The given rows, in the given order; `rows` is (n,) integer and may repeat or drop rows."""
-        return self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device, torch.int64)))
+        selected = self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device, torch.int64)))
+        longest = max(selected.open_length.tolist(), default=0)
+        local_key, local_value = selected.local_key[:, :, :longest], selected.local_value[:, :, :longest]
+        return replace(selected, local_key=local_key, local_value=local_value)
 
     def detach(self) -> "MemoryState":
         """The same values, cut off from the graph that made them."""

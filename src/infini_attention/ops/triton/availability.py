@@ -1,0 +1,41 @@
+"""Whether the fused kernels can be trusted here. Imports nothing that may be missing."""
+
+import os
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+FIRST_TRITON = (3, 4)
+
+
+MAX_HEAD_DIM = 256
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the fused kernels cannot take such tensors on `device`, in words; None when they can."""
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"the fused kernels have no {dtype}"
+    if head_dim > MAX_HEAD_DIM:
+        return f"the fused kernels take a head_dim of at most {MAX_HEAD_DIM}, not {head_dim}"
+    return _missing(device)
+
+
+@lru_cache(maxsize=16)
+def _missing(device: torch.device) -> str | None:
+    try:
+        installed = version("triton")
+    except PackageNotFoundError:
+        return "triton is not installed"
+    if tuple(int(part) for part in installed.split(".")[:2]) < FIRST_TRITON:
+        return f"triton {installed} is older than {'.'.join(map(str, FIRST_TRITON))}"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda":
+        return f"the tensors are on {device.type}, not on an NVIDIA GPU"
+    if torch.version.hip is not None:
+        return "the GPU is not NVIDIA's"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
