@@ -90,6 +90,7 @@ def infini_attention(
     _check_numbers(segment_length, scale, softcap)
     _check_masks(query, padding_mask, cu_seqlens)
     rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    open_lengths = [0] * rows
     if state is None:
         state = MemoryState.empty(
             rows,
@@ -103,6 +104,7 @@ def infini_attention(
         )
     else:
         _check_state(state, rows, key, value, sigma, segment_length)
+        open_lengths = state.open_length.tolist()
     if check_finite:
         _check_finite(query=query, key=key, value=value, gate=gate, memory=state.memory)
 
@@ -110,7 +112,7 @@ def infini_attention(
         query.shape[0],
         query.shape[2],
         segment_length=segment_length,
-        open_lengths=state.open_length.tolist(),
+        open_lengths=open_lengths,
         device=query.device,
         padding_mask=padding_mask,
         cu_seqlens=cu_seqlens,

@@ -11,7 +11,6 @@ taken out before anything is computed and put back, as zeros, into the output.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,14 +20,16 @@ from torch import Tensor
 class Stretches:
     """Runs of consecutive real tokens, each of one row, to be handled side by side.
 
-    `starts` and `counts` are in tokens of the row. `columns` says which of the call's segments each run
-    lies in. Where the runs are the same slice of every row, `span` is that slice; else `index` holds their
-    flat (batch * length) positions, (runs, width), in which places beyond a run's end repeat a real token.
+    `starts` and `counts` are in tokens of the row, `used` are tokens that the run's segment holds already.
+    `columns` says which of the call's segments each run lies in. Where the runs are the same slice of every
+    row, `span` is that slice; else `index` holds their flat (batch * length) positions, (runs, width), in
+    which places beyond a run's end repeat a real token.
     """
 
     rows: list[int]
     starts: list[int]
     counts: list[int]
+    used: list[int]
     columns: list[int]
     span: slice | None
     index: Tensor | None
@@ -68,8 +69,9 @@ class Whole(Stretches):
 class Layout:
     """The plan of one call: which tokens are real, whose they are, and how they are cut.
 
-    `real` lists the flat (batch * length) positions of the real tokens, row after row; None when every
-    token is real and rows are the batch's own.
+    Per row: `open_lengths` tokens are in its open segment already, `counts` are new, of which `heads` finish
+    that segment and then fill so many whole `segments`. `real` lists the flat (batch * length) positions of
+    the real tokens, row after row; None when every token is real and rows are the batch's own.
     """
 
     batch: int
@@ -77,6 +79,8 @@ class Layout:
     segment_length: int
     open_lengths: list[int]
     counts: list[int]
+    heads: list[int]
+    segments: list[int]
     real: Tensor | None
     device: torch.device
 
@@ -85,25 +89,23 @@ class Layout:
         """Number of sequences: batch size, or documents of a packed batch."""
         return len(self.counts)
 
-    @cached_property
     def head(self) -> Stretches | None:
         """What continues the open segments; None if no row has one or there is nothing to add."""
-        if not any(self.open_lengths):
-            return None
-        return self._open_stretches([0] * self.rows, self._head_counts, [0] * self.rows)
+        return self._open_stretches([0] * self.rows, self.heads, self.open_lengths, [0] * self.rows)
 
-    @cached_property
     def tail(self) -> Stretches | None:
         """What is left after the last whole segment of each row; None if nothing is."""
-        starts = [head + whole * self.segment_length for head, whole in self._done]
+        pairs = zip(self.heads, self.segments, strict=True)
+        starts = [head + whole * self.segment_length for head, whole in pairs]
         counts = [count - start for count, start in zip(self.counts, starts, strict=True)]
-        last = self.columns - 1  # where a row without a tail may point, too
-        columns = [min(self._first_column + whole, last) for _, whole in self._done]
-        return self._open_stretches(starts, counts, columns)
+        ends = [used + head for used, head in zip(self.open_lengths, self.heads, strict=True)]
+        used = [end % self.segment_length for end in ends]  # not 0 where a head did not finish its segment
+        columns = [self._first_column + whole for whole in self.segments]
+        return self._open_stretches(starts, counts, used, columns)
 
     def whole(self, block_tokens: int | None = None) -> list[Whole]:
         """All whole segments, in blocks of about `block_tokens` tokens; None for a single block."""
-        most = max((whole for _, whole in self._done), default=0)
+        most = max(self.segments, default=0)
         steps = most if block_tokens is None else block_tokens // (self.segment_length * self.rows)
         steps = max(1, steps)
         return [self._whole_block(first, min(first + steps, most)) for first in range(0, most, steps)]
@@ -128,39 +130,29 @@ class Layout:
 
     @property
     def _first_column(self) -> int:
-        return 1 if self.head is not None else 0
+        return 1 if any(self.open_lengths) else 0
 
-    @cached_property
-    def _head_counts(self) -> list[int]:
-        if not any(self.open_lengths):
-            return [0] * self.rows
-        free = [self.segment_length - used for used in self.open_lengths]
-        return [min(count, room) for count, room in zip(self.counts, free, strict=True)]
-
-    @cached_property
-    def _done(self) -> list[tuple[int, int]]:
-        """Per row: tokens of the head, number of whole segments after it."""
-        pairs = zip(self.counts, self._head_counts, strict=True)
-        return [(head, (count - head) // self.segment_length) for count, head in pairs]
-
-    def _open_stretches(self, starts: list[int], counts: list[int], columns: list[int]) -> Stretches | None:
+    def _open_stretches(
+        self, starts: list[int], counts: list[int], used: list[int], columns: list[int]
+    ) -> Stretches | None:
         if not any(counts):
             return None
         rows = list(range(self.rows))
         span = slice(starts[0], starts[0] + counts[0]) if self._uniform else None
         index = None if self._uniform else self._index(rows, starts, max(counts))
-        return Stretches(rows, starts, counts, columns, span, index)
+        return Stretches(rows, starts, counts, used, columns, span, index)
 
     def _whole_block(self, first: int, last: int) -> Whole:
-        size, head = self.segment_length, self._head_counts
-        segments = [max(0, min(last, whole) - first) for _, whole in self._done]
+        size, head = self.segment_length, self.heads
+        segments = [max(0, min(last, whole) - first) for whole in self.segments]
         pairs = [(row, step) for row in range(self.rows) for step in range(first, first + segments[row])]
         rows = [row for row, _ in pairs]
         starts = [head[row] + step * size for row, step in pairs]
         columns = [self._first_column + step for _, step in pairs]
         span = slice(head[0] + first * size, head[0] + last * size) if self._uniform else None
         index = None if self._uniform else self._index(rows, starts, size)
-        return Whole(rows, starts, [size] * len(pairs), columns, span, index, segments)
+        counts, used = [size] * len(pairs), [0] * len(pairs)
+        return Whole(rows, starts, counts, used, columns, span, index, segments)
 
     def _index(self, rows: list[int], starts: list[int], width: int) -> Tensor:
         """(runs, width) flat positions in the input; places beyond a row's last real token repeat it."""
@@ -239,7 +231,12 @@ def plan(
     elif padding_mask is not None and not bool(padding_mask.all()):
         counts = padding_mask.sum(dim=1).tolist()
         real = padding_mask.to(device).flatten().nonzero().squeeze(1)
-    return Layout(batch, length, segment_length, open_lengths, counts, real, device)
+    heads = [0] * len(counts)
+    if any(open_lengths):
+        rooms = [segment_length - used for used in open_lengths]
+        heads = [min(count, room) for count, room in zip(counts, rooms, strict=True)]
+    segments = [(count - head) // segment_length for count, head in zip(counts, heads, strict=True)]
+    return Layout(batch, length, segment_length, open_lengths, counts, heads, segments, real, device)
 
 
 def segment_positions(

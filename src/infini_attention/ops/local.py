@@ -29,6 +29,14 @@ def local_attention(
     )
 
 
+def continued(old: Tensor, new: Tensor) -> Tensor:
+    """`new` tokens after `old` ones, (batch, kv_heads, tokens, dim).
+
+    A fresh segment is left as it is: SDPA rounds differently on a copy with other strides.
+    """
+    return torch.cat([old, new], dim=2) if old.shape[2] else new
+
+
 def _softcapped(
     query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float, mask: Tensor | None
 ) -> Tensor:

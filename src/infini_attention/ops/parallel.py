@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from infini_attention.ops.layout import Layout, Output, Stretches, Whole
-from infini_attention.ops.local import local_attention
+from infini_attention.ops.local import continued, local_attention
 from infini_attention.ops.options import Inputs, Options
 from infini_attention.ops.state import MemoryState, denominator, is_empty, read
 
@@ -44,15 +44,16 @@ def walk(
 ) -> tuple[Tensor, MemoryState]:
     """Finish the open segment, do all whole ones by `whole_segments`, open the next."""
     output = Output(layout, inputs.query, inputs.value.shape[-1])
-    if layout.head is not None:
-        values, state = _open_segment(_take(inputs, layout, layout.head), layout.head, state, options)
-        output.write(layout.head, values)
+    head, tail = layout.head(), layout.tail()
+    if head is not None:
+        values, state = _open_segment(_take(inputs, layout, head), head, state, options)
+        output.write(head, values)
     for block in layout.whole(block_tokens):
         values, state = whole_segments(_take(inputs, layout, block), block, state, options)
         output.write(block, values)
-    if layout.tail is not None:
-        values, state = _open_segment(_take(inputs, layout, layout.tail), layout.tail, state, options)
-        output.write(layout.tail, values)
+    if tail is not None:
+        values, state = _open_segment(_take(inputs, layout, tail), tail, state, options)
+        output.write(tail, values)
     return output.tensor(), state
 
 
@@ -115,15 +116,14 @@ def _open_segment(
     inputs: Inputs, part: Stretches, state: MemoryState, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """One run a row, inside the row's open segment; segments that become whole are added to memory."""
-    used = state.open_length
-    counts = torch.tensor(part.counts)
+    used, counts = torch.tensor(part.used), torch.tensor(part.counts)
     valid = part.valid(inputs.query.device)[:, None, :, None]
     keys = torch.where(valid, _features(inputs.key, state, options), 0)
     values = torch.where(valid, inputs.value, 0).to(keys.dtype)
     weight = 1.0 if inputs.segment_weights is None else inputs.segment_weights[:, None, None, None]
 
-    local_keys = torch.cat([state.local_key, inputs.local_key], dim=2)
-    local_values = torch.cat([state.local_value, inputs.value], dim=2)
+    local_keys = continued(state.local_key, inputs.local_key)
+    local_values = continued(state.local_value, inputs.value)
     old = state.local_key.shape[2]
     mask = _open_mask(used, part.width, old).to(keys.device) if old else None  # None: causal
     local = local_attention(
@@ -138,7 +138,9 @@ def _open_segment(
     pending_normalizer = state.pending_normalizer + (keys * weight).sum(dim=2)
 
     finished = used + counts == options.segment_length
-    still_open = torch.where(finished, 0, used + counts)
+    still_open = [
+        (old + new) % options.segment_length for old, new in zip(part.used, part.counts, strict=True)
+    ]
     kept = _kept(used, still_open, old).to(keys.device)
     finished = finished.to(keys.device)[:, None, None]
     return output, MemoryState(
@@ -166,14 +168,14 @@ def _open_mask(used: Tensor, new: int, width: int) -> Tensor:
     return torch.cat([old[:, None].expand(rows, new, width), causal.expand(rows, new, new)], dim=2)[:, None]
 
 
-def _kept(used: Tensor, still_open: Tensor, width: int) -> Tensor:
+def _kept(used: Tensor, still_open: list[int], width: int) -> Tensor:
     """(rows, longest open): where each row's open tokens stand among `width` old places and the new ones.
 
     Places beyond a row's open segment are -1.
     """
-    places = torch.arange(int(still_open.max()))
+    places = torch.arange(max(still_open))
     sources = torch.where(places < used[:, None], places, width + places - used[:, None])
-    return torch.where(places < still_open[:, None], sources, -1)
+    return torch.where(places < torch.tensor(still_open)[:, None], sources, -1)
 
 
 def _gather(x: Tensor, places: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from infini_attention.ops.layout import Layout
-from infini_attention.ops.local import local_attention
+from infini_attention.ops.local import continued, local_attention
 from infini_attention.ops.options import Inputs, Options
 from infini_attention.ops.state import MemoryState, is_empty, read
 
@@ -64,8 +64,8 @@ def _piece(inputs: Inputs, column: int, state: MemoryState, options: Options) ->
 
     # (6) local attention over the segment so far
     used = int(state.open_length)  # places beyond it are there for rows with a longer open segment
-    K_local = torch.cat([state.local_key[:, :, :used], inputs.local_key], dim=2)
-    V_local = torch.cat([state.local_value[:, :, :used], inputs.value], dim=2)
+    K_local = continued(state.local_key[:, :, :used], inputs.local_key)
+    V_local = continued(state.local_value[:, :, :used], inputs.value)
     A_dot = _local(inputs.local_query, K_local, V_local, options)
 
     # (7) read the memory of all earlier segments

@@ -24,13 +24,12 @@ def is_empty(normalizer: Tensor) -> Tensor:
 
 
 def denominator(features: Tensor, normalizer: Tensor) -> Tensor:
-    """sigma(X) z, (..., length, 1), kept off zero; infinite where the memory is empty.
+    """sigma(X) z, (..., length, 1); infinite where it is zero, as it is where the memory is empty.
 
-    Dividing by it therefore reads zero from an empty memory, and with a zero gradient.
+    Dividing by it therefore finds nothing where nothing is stored, and with a zero gradient.
     """
     product = features @ normalizer.unsqueeze(-1)
-    floored = torch.where(product.abs() < DENOMINATOR_FLOOR, DENOMINATOR_FLOOR, product)
-    return torch.where(is_empty(normalizer)[..., None, None], float("inf"), floored)
+    return torch.where(product.abs() < DENOMINATOR_FLOOR, float("inf"), product)
 
 
 def read(features: Tensor, memory: Tensor, normalizer: Tensor) -> Tensor:

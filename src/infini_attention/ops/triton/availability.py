@@ -7,11 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 FIRST_TRITON = (3, 4)
-
-
 MAX_HEAD_DIM = 256
 
 
+@torch.compiler.assume_constant_result
 def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the fused kernels cannot take such tensors on `device`, in words; None when they can."""
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):

@@ -1,5 +1,7 @@
 """The backend "triton": whole segments by local attention of the best library and the fused memory."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -8,31 +10,23 @@ from infini_attention.ops.local import local_attention
 from infini_attention.ops.options import Inputs, Options
 from infini_attention.ops.parallel import walk
 from infini_attention.ops.state import MemoryState
-from infini_attention.ops.triton.memory import FUSED_MAPS, mix, mix_, segment_states
+from infini_attention.ops.triton.memory import FUSED_MAPS, Mix, SegmentStates, mix, mix_into, segment_states
 
 
 def fused(inputs: Inputs, layout: Layout, state: MemoryState, options: Options) -> tuple[Tensor, MemoryState]:
     """Output (batch, heads, length, value_dim) and new state; see `infini_attention` for the contract."""
-    in_place = not inputs.needs_gradient(state)
-
-    def whole_segments(
-        inputs: Inputs, block: Whole, state: MemoryState, options: Options
-    ) -> tuple[Tensor, MemoryState]:
-        return _whole_segments(inputs, block, state, options, in_place)
-
+    whole_segments = _trained_segments if inputs.needs_gradient(state) else _inferred_segments
     return walk(inputs, layout, state, options, whole_segments, None)
 
 
-def _whole_segments(
-    inputs: Inputs, block: Whole, state: MemoryState, options: Options, in_place: bool
+def _trained_segments(
+    inputs: Inputs, block: Whole, state: MemoryState, options: Options
 ) -> tuple[Tensor, MemoryState]:
-    query, key, name = inputs.query, inputs.key, options.feature_map.name
-    if name not in FUSED_MAPS:  # a map that widens or was registered by the user
-        query, key = (options.feature_map(x.float()).to(x.dtype) for x in (query, key))
-        name = "identity"
-    before_memory, before_normalizer, memory, normalizer, *_ = segment_states(
-        _rows_contiguous(key),
-        _rows_contiguous(inputs.value),
+    """Whole segments with gradients."""
+    query, key, name = _fusible(inputs, options)
+    value, before_memory, before_normalizer, memory, normalizer = SegmentStates.apply(
+        key,
+        _strided(inputs.value),
         inputs.segment_weights,
         state.memory.contiguous(),
         state.normalizer.contiguous(),
@@ -40,17 +34,54 @@ def _whole_segments(
         name,
         options.update_rule == "delta",
     )
-    local = local_attention(
-        inputs.local_query, inputs.local_key, inputs.value, scale=options.scale, softcap=options.softcap
-    )
-    query, gated = _rows_contiguous(query), options.empty_memory == "gated"
-    if in_place:
-        output = _rows_contiguous(local)
-        mix_(query, output, inputs.gate, before_memory, before_normalizer, name, gated)
-    else:
-        output = mix(query, local, inputs.gate, before_memory, before_normalizer, name, gated)
+    local = _local(replace(inputs, value=value), options)
+    gated = options.empty_memory == "gated"
+    output = Mix.apply(query, local, inputs.gate, before_memory, before_normalizer, name, gated)
     return output, state.after_whole_segments(memory, normalizer, block.segments)
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _inferred_segments(
+    inputs: Inputs, block: Whole, state: MemoryState, options: Options
+) -> tuple[Tensor, MemoryState]:
+    """Whole segments without gradients: the mixture takes the place of local attention's output."""
+    query, key, name = _fusible(inputs, options)
+    before_memory, before_normalizer, memory, normalizer, *_ = segment_states(
+        key,
+        _strided(inputs.value),
+        inputs.segment_weights,
+        state.memory.contiguous(),
+        state.normalizer.contiguous(),
+        block.segments,
+        name,
+        options.update_rule == "delta",
+    )
+    del _  # the delta rule's matrices, as large as all states together
+    local = _local(inputs, options)
+    arguments = query, local, inputs.gate, before_memory, before_normalizer
+    gated = options.empty_memory == "gated"
+    if torch.compiler.is_compiling():  # an operator's output must not be one of its other arguments
+        output = mix(*arguments, name, gated)
+    else:
+        output = mix_into(*arguments, local, name, gated)
+    return output, state.after_whole_segments(memory, normalizer, block.segments)
+
+
+def _fusible(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, str]:
+    """Queries, keys and the map that the kernels apply to them."""
+    query, key, name = inputs.query, inputs.key, options.feature_map.name
+    if name not in FUSED_MAPS:  # a map that widens, or one registered by the user
+        query, key = (options.feature_map(x.float()).to(x.dtype) for x in (query, key))
+        name = "identity"
+    return _strided(query), _strided(key), name
+
+
+def _local(inputs: Inputs, options: Options) -> Tensor:
+    local = local_attention(
+        inputs.local_query, inputs.local_key, inputs.value, scale=options.scale, softcap=options.softcap
+    )
+    return _strided(local)
+
+
+def _strided(x: Tensor) -> Tensor:
+    """`x` with a contiguous last axis and offsets within a run that fit 32 bits."""
+    return x if x.stride(-1) == 1 and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()

@@ -3,12 +3,15 @@
 Names end in what a tensor's axes are:
     G runs (segments), R rows, H key/value heads, Q query heads, N tokens of a segment,
     F features (= head_dim), V value_dim.
-Tokens come as strided (G, heads, N, dim) views with a contiguous last axis; sums and states are
-contiguous and fp32. A `tl.dot` takes its operands in the inputs' dtype if that is bf16, else in fp32 with
-the precision named by PRECISION, and always accumulates in fp32. Features are rounded to the operands'
-dtype once, so that numerator and denominator of a read are weighted alike.
+Tokens come as strided (G, heads, N, dim) views with a contiguous last axis; sums and states are contiguous
+and fp32. A `tl.dot` takes its operands in the inputs' dtype if that is bf16, else in fp32 with the precision
+named by PRECISION, and always accumulates in fp32. Features are rounded to the operands' dtype once, so that
+numerator and denominator of a read are weighted alike.
 
-Program axis 0 carries runs, heads and tiles together, tiles fastest, so neighbours share a memory in cache.
+A program takes one of SPLITS parts of a run's tokens, for one key/value head: it keeps the head's d x d
+matrix and streams the tokens past it. Sums over tokens are partial, one a split. FULL says that tiles cover
+the tokens and head dimensions exactly, so nothing needs to be masked. Heads wider than a block are cut into
+blocks.
 """
 
 import triton
@@ -21,7 +24,7 @@ FLOOR = tl.constexpr(1e-30)  # ops.state.DENOMINATOR_FLOOR
 def _features(x, MAP: tl.constexpr):
     """sigma(x) in fp32."""
     if MAP == "elu1":
-        phi = tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
+        phi = tl.maximum(x, 0.0) + tl.exp(tl.minimum(x, 0.0))
     elif MAP == "exp":
         phi = tl.exp(tl.minimum(tl.maximum(x, -20.0), 10.0))
     elif MAP == "relu2":
@@ -50,18 +53,34 @@ def _features_slope(x, MAP: tl.constexpr):
 
 
 @triton.jit
-def _tile(pointer, stride_n, tokens, columns, N, WIDTH):
+def _tile(pointer, stride_n, tokens, columns, N, WIDTH, FULL: tl.constexpr):
     """A (tokens, columns) tile in its own dtype, zero outside (N, WIDTH)."""
-    mask = (tokens < N)[:, None] & (columns < WIDTH)[None, :]
-    return tl.load(pointer + tokens.to(tl.int64)[:, None] * stride_n + columns[None, :], mask=mask, other=0.0)
+    places = pointer + tokens[:, None] * stride_n + columns[None, :]
+    if FULL:
+        tile = tl.load(places)
+    else:
+        tile = tl.load(places, mask=(tokens < N)[:, None] & (columns < WIDTH)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
-def _feature_tile(pointer, stride_n, tokens, columns, N, WIDTH, MAP: tl.constexpr, OPERAND: tl.constexpr):
-    """sigma of a tile, rounded to the operands' dtype, zero outside (N, WIDTH)."""
-    x = _tile(pointer, stride_n, tokens, columns, N, WIDTH).to(tl.float32)
-    mask = (tokens < N)[:, None] & (columns < WIDTH)[None, :]
-    return tl.where(mask, _features(x, MAP), 0.0).to(OPERAND)
+def _store_tile(pointer, stride_n, tokens, columns, N, WIDTH, values, FULL: tl.constexpr):
+    """The inverse of `_tile`, converted to the pointer's dtype."""
+    places = pointer + tokens[:, None] * stride_n + columns[None, :]
+    values = values.to(pointer.dtype.element_ty)
+    if FULL:
+        tl.store(places, values)
+    else:
+        tl.store(places, values, mask=(tokens < N)[:, None] & (columns < WIDTH)[None, :])
+
+
+@triton.jit
+def _mapped(x, tokens, columns, N, WIDTH, MAP: tl.constexpr, OPERAND: tl.constexpr, FULL: tl.constexpr):
+    """sigma of a loaded tile, rounded to the operands' dtype, zero outside (N, WIDTH)."""
+    phi = _features(x.to(tl.float32), MAP)
+    if not FULL:
+        phi = tl.where((tokens < N)[:, None] & (columns < WIDTH)[None, :], phi, 0.0)
+    return phi.to(OPERAND)
 
 
 @triton.jit
@@ -72,19 +91,18 @@ def _matrix(pointer, rows, columns, ROWS, COLUMNS):
 
 
 @triton.jit
-def _denominator(phi, z, empty):
-    """sigma(X) z per token, kept off zero; infinite where the memory is empty."""
-    product = tl.sum(phi.to(tl.float32) * z[None, :], axis=1)
+def _reciprocal(product, empty):
+    """1 / (sigma(X) z), the product kept off zero; 0 where the memory is empty."""
     floored = tl.where(tl.abs(product) < FLOOR, FLOOR, product)
-    return tl.where(empty, float("inf"), floored)
+    return tl.where(empty, 0.0, 1 / floored)
 
 
 @triton.jit
 def sums_kernel(
     x_GHNF,
     y_GHNV,
-    y_scale_GHN,
-    x_scale_GHN,
+    scale_GHN,
+    total_scale_GHN,
     weight_G,
     memory_GHFV,
     normalizer_GHF,
@@ -100,97 +118,129 @@ def sums_kernel(
     H,
     SPLITS,
     GROUP: tl.constexpr,
-    MAP_X: tl.constexpr,
-    MAP_Y: tl.constexpr,
-    SCALED_Y: tl.constexpr,
-    SCALED_X: tl.constexpr,
-    WEIGHTED: tl.constexpr,
+    MAP: tl.constexpr,
     OUTER: tl.constexpr,
-    TOTAL: tl.constexpr,
+    SCALED: tl.constexpr,
+    TOTAL_SCALED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    FULL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """sum_n sigma(x_n)^T (a_n sigma'(y_n)) if OUTER, and sum_n b_n sigma(x_n) if TOTAL, of each run.
+    """sum_n (a_n sigma(x_n))^T y_n if OUTER, and sum_n b_n sigma(x_n), of each run.
 
-    x and y have H * GROUP heads, whose sums are added up by group. a is `y_scale`, b is `x_scale`, or 1;
-    `weight` multiplies both. The tokens of a run may be split over SPLITS programs, whose partial sums
-    stand side by side: outputs are (G, H, SPLITS, ...).
+    x and y have H * GROUP heads, whose sums are added up by group. a is `scale`, b is `total_scale`, or 1;
+    `weight` multiplies both. Outputs are (G, H, SPLITS, ...). The outer sum is formed as its transpose, so
+    that y goes to the tensor cores as it was loaded.
     """
-    pid = tl.program_id(0)
-    split = pid % SPLITS
-    h = (pid // SPLITS) % H
-    g = (pid // SPLITS // H).to(tl.int64)
+    split, run_head = tl.program_id(0) % SPLITS, (tl.program_id(0) // SPLITS).to(tl.int64)
+    g, h = run_head // H, run_head % H
     rows = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     columns = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     tiles = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS)
-    memory = tl.zeros((BLOCK_F, BLOCK_V), tl.float32)
-    normalizer = tl.zeros((BLOCK_F,), tl.float32)
-    for j in range(GROUP):
-        head = h * GROUP + j
-        x = x_GHNF + g * x_stride_g + head * x_stride_h
-        y = y_GHNV + g * y_stride_g + head * y_stride_h
-        scales = (g * H * GROUP + head) * N
-        for tile in range(split * tiles, (split + 1) * tiles):
-            tokens = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            phi = _feature_tile(x, x_stride_n, tokens, rows, N, F, MAP_X, OPERAND)
-            if OUTER:
-                if SCALED_Y:
-                    values = _feature_tile(y, y_stride_n, tokens, columns, N, V, MAP_Y, tl.float32)
-                    scale = tl.load(y_scale_GHN + scales + tokens, mask=tokens < N, other=0.0)
-                    values = (values * scale[:, None]).to(OPERAND)
-                else:
-                    values = _feature_tile(y, y_stride_n, tokens, columns, N, V, MAP_Y, OPERAND)
-                memory = tl.dot(tl.trans(phi), values, memory, input_precision=PRECISION)
-            if TOTAL:
-                if SCALED_X:
-                    scale = tl.load(x_scale_GHN + scales + tokens, mask=tokens < N, other=0.0)
-                    normalizer += tl.sum(phi.to(tl.float32) * scale[:, None], axis=0)
-                else:
-                    normalizer += tl.sum(phi.to(tl.float32), axis=0)
+    memory = tl.zeros((BLOCK_V, BLOCK_F), tl.float32)
+    totals = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
+    for step in tl.range(0, GROUP * tiles, num_stages=STAGES):
+        head = h * GROUP + step // tiles
+        tokens = (split * tiles + step % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+        scales = (g * H * GROUP + head) * N + tokens
+        x = _tile(x_GHNF + g * x_stride_g + head * x_stride_h, x_stride_n, tokens, rows, N, F, FULL)
+        phi = _mapped(x, tokens, rows, N, F, MAP, OPERAND, FULL)
+        if TOTAL_SCALED:
+            total_scale = tl.load(total_scale_GHN + scales, mask=tokens < N, other=0.0)
+            totals += phi.to(tl.float32) * total_scale[:, None]
+        else:
+            totals += phi.to(tl.float32)
+        if OUTER:
+            y = y_GHNV + g * y_stride_g + head * y_stride_h
+            values = _tile(y, y_stride_n, tokens, columns, N, V, FULL).to(OPERAND)
+            if SCALED:
+                scale = tl.load(scale_GHN + scales, mask=tokens < N, other=0.0)
+                phi = (phi.to(tl.float32) * scale[:, None]).to(OPERAND)
+            memory = tl.dot(tl.trans(values), phi, memory, input_precision=PRECISION)
+    normalizer = tl.sum(totals, axis=0)
     if WEIGHTED:
         weight = tl.load(weight_G + g)
         memory *= weight
         normalizer *= weight
-    out = (g * H + h) * SPLITS + split
+    out = run_head * SPLITS + split
     if OUTER:
-        inside = (rows < F)[:, None] & (columns < V)[None, :]
-        tl.store(memory_GHFV + out * F * V + rows[:, None] * V + columns[None, :], memory, mask=inside)
-    if TOTAL:
-        if tl.program_id(2) == 0:
-            tl.store(normalizer_GHF + out * F + rows, normalizer, mask=rows < F)
+        inside = (rows < F)[None, :] & (columns < V)[:, None]
+        tl.store(memory_GHFV + out * F * V + rows[None, :] * V + columns[:, None], memory, mask=inside)
+    if tl.program_id(2) == 0:
+        tl.store(normalizer_GHF + out * F + rows, normalizer, mask=rows < F)
 
 
 @triton.jit
-def reciprocal_kernel(
+def removal_kernel(
     key_GHNF,
     normalizer_GHF,
     reciprocal_GHN,
+    removal_GHFF,
     stride_g,
     stride_h,
     stride_n,
     N,
     F,
     H,
+    SPLITS,
     MAP: tl.constexpr,
     OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FULL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    BLOCKS_F: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """1 / (sigma(K) z) of each token, 0 where the memory is empty. BLOCK_F covers all features."""
-    tiles = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    tokens = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    run_head = (pid // tiles).to(tl.int64)
+    """A = sum_n psi_n^T psi_n with psi = sigma(k) sqrt(r), r = 1 / (sigma(k) z) or 0 where memory is empty.
+
+    Formed from its square root A is symmetric to the last bit. Also stores r. Program axes 1 and 2 are the
+    block of A.
+    """
+    split, run_head = tl.program_id(0) % SPLITS, (tl.program_id(0) // SPLITS).to(tl.int64)
     g, h = run_head // H, run_head % H
-    rows = tl.arange(0, BLOCK_F)
-    z = tl.load(normalizer_GHF + run_head * F + rows, mask=rows < F, other=0.0)
-    empty = tl.max(tl.abs(z), axis=0) == 0
-    phi = _feature_tile(key_GHNF + g * stride_g + h * stride_h, stride_n, tokens, rows, N, F, MAP, OPERAND)
-    reciprocal = 1 / _denominator(phi, z, empty)
-    tl.store(reciprocal_GHN + run_head * N + tokens, reciprocal, mask=tokens < N)
+    key = key_GHNF + g * stride_g + h * stride_h
+    normalizer = normalizer_GHF + run_head * F
+    rows = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    columns = tl.program_id(2) * BLOCK_F + tl.arange(0, BLOCK_F)
+    tiles = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS)
+    z = tl.load(normalizer + rows, mask=rows < F, other=0.0)
+    largest = tl.max(tl.abs(z), axis=0)
+    for block in tl.static_range(1, BLOCKS_F):
+        others = (rows + block * BLOCK_F) % (BLOCKS_F * BLOCK_F)
+        other_z = tl.load(normalizer + others, mask=others < F, other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(other_z), axis=0))
+    removal = tl.zeros((BLOCK_F, BLOCK_F), tl.float32)
+    for step in tl.range(0, tiles, num_stages=STAGES):
+        tokens = (split * tiles + step) * BLOCK_N + tl.arange(0, BLOCK_N)
+        x = _tile(key, stride_n, tokens, rows, N, F, FULL)
+        phi = _mapped(x, tokens, rows, N, F, MAP, OPERAND, FULL)
+        product = tl.sum(phi.to(tl.float32) * z[None, :], axis=1)
+        for block in tl.static_range(1, BLOCKS_F):
+            others = (rows + block * BLOCK_F) % (BLOCKS_F * BLOCK_F)
+            other_z = tl.load(normalizer + others, mask=others < F, other=0.0)
+            x = _tile(key, stride_n, tokens, others, N, F, FULL)
+            other_phi = _mapped(x, tokens, others, N, F, MAP, OPERAND, FULL)
+            product += tl.sum(other_phi.to(tl.float32) * other_z[None, :], axis=1)
+        reciprocal = _reciprocal(product, largest == 0)
+        if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+            tl.store(reciprocal_GHN + run_head * N + tokens, reciprocal, mask=tokens < N)
+        root = tl.sqrt(reciprocal)[:, None]
+        psi = (phi.to(tl.float32) * root).to(OPERAND)
+        other_psi = psi
+        if BLOCKS_F > 1:
+            x = _tile(key, stride_n, tokens, columns, N, F, FULL)
+            other_phi = _mapped(x, tokens, columns, N, F, MAP, OPERAND, FULL)
+            other_psi = (other_phi.to(tl.float32) * root).to(OPERAND)
+        removal = tl.dot(tl.trans(psi), other_psi, removal, input_precision=PRECISION)
+    place = removal_GHFF + (run_head * SPLITS + split) * F * F
+    inside = (rows < F)[:, None] & (columns < F)[None, :]
+    tl.store(place + rows[:, None] * F + columns[None, :], removal, mask=inside)
 
 
 @triton.jit
@@ -262,6 +312,7 @@ def delta_scan_kernel(
     PRECISION: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """M <- M - A M + B in order; in reverse, the same map's transpose, which is itself since A is symmetric.
 
@@ -284,7 +335,7 @@ def delta_scan_kernel(
     state_bottom = state_top
     if HALVES == 2:
         state_bottom = tl.load(start + place_bottom, mask=mask_bottom, other=0.0)
-    for step in range(0, end - first):
+    for step in tl.range(0, end - first, num_stages=STAGES):
         run = first + step
         if REVERSED:
             run = end - 1 - step
@@ -328,51 +379,61 @@ def mix_kernel(
     N,
     F,
     V,
-    HEADS,
+    H,
+    SPLITS,
     GROUP: tl.constexpr,
     MAP: tl.constexpr,
     GATED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    FULL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCKS_F: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Equations (7) and (10) for one tile of tokens: read, normalise, gate, add. `output` may be `local`."""
-    tiles = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    tokens = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    head = (pid // tiles) % HEADS
-    g = (pid // tiles // HEADS).to(tl.int64)
+    """Equations (7) and (10): read, normalise, gate, add; program axis 1 is the block of values."""
     columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    state = g * (HEADS // GROUP) + head // GROUP
-    query = query_GQNF + g * query_stride_g + head * query_stride_h
-    local = local_GQNV + g * local_stride_g + head * local_stride_h
-    output = output_GQNV + g * output_stride_g + head * output_stride_h
-
-    numerator = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    product = tl.zeros((BLOCK_N,), tl.float32)
-    largest = 0.0
-    for block in tl.static_range(BLOCKS_F):
-        rows = block * BLOCK_F + tl.arange(0, BLOCK_F)
-        phi = _feature_tile(query, query_stride_n, tokens, rows, N, F, MAP, OPERAND)
-        M = _matrix(memory_GHFV + state * F * V, rows, columns, F, V).to(OPERAND)
-        z = tl.load(normalizer_GHF + state * F + rows, mask=rows < F, other=0.0)
-        numerator = tl.dot(phi, M, numerator, input_precision=PRECISION)
-        product += tl.sum(phi.to(tl.float32) * z[None, :], axis=1)
+    tiles = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS)
+    first_rows = tl.arange(0, BLOCK_F)
+    split, run_head = tl.program_id(0) % SPLITS, (tl.program_id(0) // SPLITS).to(tl.int64)
+    g, h = run_head // H, run_head % H
+    memory = memory_GHFV + run_head * F * V
+    normalizer = normalizer_GHF + run_head * F
+    first_M = _matrix(memory, first_rows, columns, F, V).to(OPERAND)
+    first_z = tl.load(normalizer + first_rows, mask=first_rows < F, other=0.0)
+    largest = tl.max(tl.abs(first_z), axis=0)
+    for block in tl.static_range(1, BLOCKS_F):
+        rows = block * BLOCK_F + first_rows
+        z = tl.load(normalizer + rows, mask=rows < F, other=0.0)
         largest = tl.maximum(largest, tl.max(tl.abs(z), axis=0))
     empty = largest == 0
-    floored = tl.where(tl.abs(product) < FLOOR, FLOOR, product)
-    reciprocal = tl.where(empty, 0.0, 1 / floored)
-    share = tl.sigmoid(tl.load(gate_Q + head))
-    if not GATED:
-        share = tl.where(empty, 0.0, share)
-    from_local = _tile(local, local_stride_n, tokens, columns, N, V).to(tl.float32)
-    mixed = numerator * (share * reciprocal)[:, None] + (1 - share) * from_local
-    mask = (tokens < N)[:, None] & (columns < V)[None, :]
-    place = tokens.to(tl.int64)[:, None] * output_stride_n + columns[None, :]
-    tl.store(output + place, mixed.to(output_GQNV.dtype.element_ty), mask=mask)
+    for step in tl.range(0, GROUP * tiles, num_stages=STAGES):
+        head = h * GROUP + step // tiles
+        tokens = (split * tiles + step % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+        query = query_GQNF + g * query_stride_g + head * query_stride_h
+        x = _tile(query, query_stride_n, tokens, first_rows, N, F, FULL)
+        local = local_GQNV + g * local_stride_g + head * local_stride_h
+        from_local = _tile(local, local_stride_n, tokens, columns, N, V, FULL)
+        phi = _mapped(x, tokens, first_rows, N, F, MAP, OPERAND, FULL)
+        product = tl.sum(phi.to(tl.float32) * first_z[None, :], axis=1)
+        numerator = tl.dot(phi, first_M, input_precision=PRECISION)
+        for block in tl.static_range(1, BLOCKS_F):
+            rows = block * BLOCK_F + first_rows
+            x = _tile(query, query_stride_n, tokens, rows, N, F, FULL)
+            phi = _mapped(x, tokens, rows, N, F, MAP, OPERAND, FULL)
+            z = tl.load(normalizer + rows, mask=rows < F, other=0.0)
+            product += tl.sum(phi.to(tl.float32) * z[None, :], axis=1)
+            M = _matrix(memory, rows, columns, F, V).to(OPERAND)
+            numerator = tl.dot(phi, M, numerator, input_precision=PRECISION)
+        share = tl.sigmoid(tl.load(gate_Q + head))
+        if not GATED:
+            share = tl.where(empty, 0.0, share)
+        scale = share * _reciprocal(product, empty)
+        mixed = numerator * scale[:, None] + (1 - share) * from_local.to(tl.float32)
+        output = output_GQNV + g * output_stride_g + head * output_stride_h
+        _store_tile(output, output_stride_n, tokens, columns, N, V, mixed, FULL)
 
 
 @triton.jit
@@ -385,8 +446,8 @@ def mix_backward_kernel(
     grad_output_GQNV,
     grad_query_GQNF,
     grad_local_GQNV,
-    grad_share_GQT,
-    numerator_scale_GQN,
+    grad_share_GQN,
+    scale_GQN,
     denominator_grad_GQN,
     query_stride_g,
     query_stride_h,
@@ -406,98 +467,67 @@ def mix_backward_kernel(
     N,
     F,
     V,
-    HEADS,
+    H,
+    SPLITS,
     GROUP: tl.constexpr,
     MAP: tl.constexpr,
     GATED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    FULL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    BLOCKS_F: tl.constexpr,
-    BLOCKS_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Gradients of one tile's queries and local outputs, and what the memory's gradient is summed from.
+    """Gradients of queries, local outputs and shares, and the scales from which the memory's are summed.
 
-    With y = numerator / denominator and dy = share * d_output: `numerator_scale` is share / denominator
-    (times d_output, the numerator's gradient) and `denominator_grad` is -(dy . y) / denominator.
+    With P = d_output M^T the numerator need not be formed again: d_output . y is r (sigma(q) . P), r the
+    reciprocal of the denominator, and d sigma(q) is share r P + dd z, where dd = -share r (d_output . y) is
+    the denominator's gradient. One block a head; `wide` has the others.
     """
-    tiles = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    tokens = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    run_head = (pid // tiles).to(tl.int64)
-    head, g = run_head % HEADS, run_head // HEADS
-    state = g * (HEADS // GROUP) + head // GROUP
-    query = query_GQNF + g * query_stride_g + head * query_stride_h
-    local = local_GQNV + g * local_stride_g + head * local_stride_h
-    grad_output = grad_output_GQNV + g * output_stride_g + head * output_stride_h
-    grad_query = grad_query_GQNF + g * grad_query_stride_g + head * grad_query_stride_h
-    grad_local = grad_local_GQNV + g * grad_local_stride_g + head * grad_local_stride_h
-    memory = memory_GHFV + state * F * V
-    normalizer = normalizer_GHF + state * F
-
-    product = tl.zeros((BLOCK_N,), tl.float32)
-    largest = 0.0
-    for block_f in tl.static_range(BLOCKS_F):
-        rows = block_f * BLOCK_F + tl.arange(0, BLOCK_F)
-        phi = _feature_tile(query, query_stride_n, tokens, rows, N, F, MAP, OPERAND)
-        z = tl.load(normalizer + rows, mask=rows < F, other=0.0)
-        product += tl.sum(phi.to(tl.float32) * z[None, :], axis=1)
-        largest = tl.maximum(largest, tl.max(tl.abs(z), axis=0))
-    empty = largest == 0
-    floored = tl.where(tl.abs(product) < FLOOR, FLOOR, product)
-    reciprocal = tl.where(empty, 0.0, 1 / floored)
-    share = tl.sigmoid(tl.load(gate_Q + head))
-    if not GATED:
-        share = tl.where(empty, 0.0, share)
-
-    read_products = tl.zeros((BLOCK_N,), tl.float32)  # d_output . y
-    local_products = tl.zeros((BLOCK_N,), tl.float32)  # d_output . local
-    for block_v in tl.static_range(BLOCKS_V):
-        columns = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
-        numerator = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-        for block_f in tl.static_range(BLOCKS_F):
-            rows = block_f * BLOCK_F + tl.arange(0, BLOCK_F)
-            phi = _feature_tile(query, query_stride_n, tokens, rows, N, F, MAP, OPERAND)
-            M = _matrix(memory, rows, columns, F, V).to(OPERAND)
-            numerator = tl.dot(phi, M, numerator, input_precision=PRECISION)
-        gradient = _tile(grad_output, output_stride_n, tokens, columns, N, V).to(tl.float32)
-        from_local = _tile(local, local_stride_n, tokens, columns, N, V).to(tl.float32)
-        read_products += tl.sum(gradient * numerator, axis=1)
-        local_products += tl.sum(gradient * from_local, axis=1)
-        mask = (tokens < N)[:, None] & (columns < V)[None, :]
-        place = tokens.to(tl.int64)[:, None] * grad_local_stride_n + columns[None, :]
-        scaled = ((1 - share) * gradient).to(grad_local_GQNV.dtype.element_ty)
-        tl.store(grad_local + place, scaled, mask=mask)
-    read_products *= reciprocal
-
-    inside = tokens < N
-    scale = share * reciprocal
-    denominator_grad = -scale * read_products
-    tl.store(numerator_scale_GQN + run_head * N + tokens, scale, mask=inside)
-    tl.store(denominator_grad_GQN + run_head * N + tokens, denominator_grad, mask=inside)
+    split, run_head = tl.program_id(0) % SPLITS, (tl.program_id(0) // SPLITS).to(tl.int64)
+    g, h = run_head // H, run_head % H
+    rows = tl.arange(0, BLOCK_F)
+    columns = tl.arange(0, BLOCK_V)
+    tiles = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS)
+    M = _matrix(memory_GHFV + run_head * F * V, rows, columns, F, V).to(OPERAND)
+    z = tl.load(normalizer_GHF + run_head * F + rows, mask=rows < F, other=0.0)
+    empty = tl.max(tl.abs(z), axis=0) == 0
     kept = 1.0
     if not GATED:
         kept = tl.where(empty, 0.0, 1.0)
-    share_grad = kept * tl.sum(read_products - local_products, axis=0)
-    tl.store(grad_share_GQT + run_head * tiles + pid % tiles, share_grad)
+    for step in tl.range(0, GROUP * tiles, num_stages=STAGES):
+        head = h * GROUP + step // tiles
+        tokens = (split * tiles + step % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+        query = query_GQNF + g * query_stride_g + head * query_stride_h
+        local = local_GQNV + g * local_stride_g + head * local_stride_h
+        grad_output = grad_output_GQNV + g * output_stride_g + head * output_stride_h
+        x = _tile(query, query_stride_n, tokens, rows, N, F, FULL)
+        gradient = _tile(grad_output, output_stride_n, tokens, columns, N, V, FULL)
+        from_local = _tile(local, local_stride_n, tokens, columns, N, V, FULL)
+        share = kept * tl.sigmoid(tl.load(gate_Q + head))
 
-    for block_f in tl.static_range(BLOCKS_F):
-        rows = block_f * BLOCK_F + tl.arange(0, BLOCK_F)
-        z = tl.load(normalizer + rows, mask=rows < F, other=0.0)
-        grad_phi = denominator_grad[:, None] * z[None, :]
-        for block_v in tl.static_range(BLOCKS_V):
-            columns = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
-            gradient = _tile(grad_output, output_stride_n, tokens, columns, N, V).to(tl.float32)
-            scaled = (gradient * scale[:, None]).to(OPERAND)
-            M = _matrix(memory, rows, columns, F, V).to(OPERAND)
-            grad_phi = tl.dot(scaled, tl.trans(M), grad_phi, input_precision=PRECISION)
-        x = _tile(query, query_stride_n, tokens, rows, N, F).to(tl.float32)
-        mask = (tokens < N)[:, None] & (rows < F)[None, :]
-        place = tokens.to(tl.int64)[:, None] * grad_query_stride_n + rows[None, :]
-        grad_x = (grad_phi * _features_slope(x, MAP)).to(grad_query_GQNF.dtype.element_ty)
-        tl.store(grad_query + place, grad_x, mask=mask)
+        grad_local = grad_local_GQNV + g * grad_local_stride_g + head * grad_local_stride_h
+        scaled = (1 - share) * gradient.to(tl.float32)
+        _store_tile(grad_local, grad_local_stride_n, tokens, columns, N, V, scaled, FULL)
+        local_products = tl.sum(gradient.to(tl.float32) * from_local.to(tl.float32), axis=1)
+
+        P = tl.dot(gradient.to(OPERAND), tl.trans(M), input_precision=PRECISION)
+        phi = _mapped(x, tokens, rows, N, F, MAP, OPERAND, FULL).to(tl.float32)
+        reciprocal = _reciprocal(tl.sum(phi * z[None, :], axis=1), empty)
+        read_products = reciprocal * tl.sum(phi * P, axis=1)
+        scale = share * reciprocal
+        denominator_grad = -scale * read_products
+        grad_x = scale[:, None] * P + denominator_grad[:, None] * z[None, :]
+        grad_x *= _features_slope(x.to(tl.float32), MAP)
+        grad_query = grad_query_GQNF + g * grad_query_stride_g + head * grad_query_stride_h
+        _store_tile(grad_query, grad_query_stride_n, tokens, rows, N, F, grad_x, FULL)
+
+        place = (g * H * GROUP + head) * N + tokens
+        tl.store(grad_share_GQN + place, kept * (read_products - local_products), mask=tokens < N)
+        tl.store(scale_GQN + place, scale, mask=tokens < N)
+        tl.store(denominator_grad_GQN + place, denominator_grad, mask=tokens < N)
 
 
 @triton.jit
@@ -512,34 +542,48 @@ def removal_backward_kernel(
     N,
     F,
     H,
+    SPLITS,
     MAP: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    FULL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCKS_F: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """-r^2 (sigma(K) S sigma(K)^T) / 2 per token, S = dA + dA^T: the gradient of sigma(K) z in A_s."""
-    tiles = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    tokens = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    run_head = (pid // tiles).to(tl.int64)
-    g, h = run_head // H, run_head % H
-    key = key_GHNF + g * stride_g + h * stride_h
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    for block in tl.static_range(BLOCKS_F):
-        columns = block * BLOCK_F + tl.arange(0, BLOCK_F)
-        product = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
-        for inner in tl.static_range(BLOCKS_F):
-            rows = inner * BLOCK_F + tl.arange(0, BLOCK_F)
-            phi = _feature_tile(key, stride_n, tokens, rows, N, F, MAP, OPERAND)
-            S = _matrix(grad_removal_GHFF + run_head * F * F, rows, columns, F, F).to(OPERAND)
-            product = tl.dot(phi, S, product, input_precision=PRECISION)
-        phi = _feature_tile(key, stride_n, tokens, columns, N, F, MAP, OPERAND)
-        total += tl.sum(product * phi.to(tl.float32), axis=1)
-    reciprocal = tl.load(reciprocal_GHN + run_head * N + tokens, mask=tokens < N, other=0.0)
-    gradient = -0.5 * total * reciprocal * reciprocal
-    tl.store(denominator_grad_GHN + run_head * N + tokens, gradient, mask=tokens < N)
+    first_rows = tl.arange(0, BLOCK_F)
+    tiles = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS)
+    split, run_head = tl.program_id(0) % SPLITS, (tl.program_id(0) // SPLITS).to(tl.int64)
+    key = key_GHNF + run_head // H * stride_g + run_head % H * stride_h
+    grad_removal = grad_removal_GHFF + run_head * F * F
+    first_S = _matrix(grad_removal, first_rows, first_rows, F, F).to(OPERAND)
+    for step in tl.range(0, tiles, num_stages=STAGES):
+        tokens = (split * tiles + step) * BLOCK_N + tl.arange(0, BLOCK_N)
+        x = _tile(key, stride_n, tokens, first_rows, N, F, FULL)
+        first_phi = _mapped(x, tokens, first_rows, N, F, MAP, OPERAND, FULL)
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        for block in tl.static_range(BLOCKS_F):
+            columns = block * BLOCK_F + first_rows
+            phi = first_phi
+            S = first_S
+            if block > 0:
+                y = _tile(key, stride_n, tokens, columns, N, F, FULL)
+                phi = _mapped(y, tokens, columns, N, F, MAP, OPERAND, FULL)
+                S = _matrix(grad_removal, first_rows, columns, F, F).to(OPERAND)
+            product = tl.dot(first_phi, S, input_precision=PRECISION)
+            for inner in tl.static_range(1, BLOCKS_F):
+                others = inner * BLOCK_F + first_rows
+                y = _tile(key, stride_n, tokens, others, N, F, FULL)
+                psi = _mapped(y, tokens, others, N, F, MAP, OPERAND, FULL)
+                S = _matrix(grad_removal, others, columns, F, F).to(OPERAND)
+                product = tl.dot(psi, S, product, input_precision=PRECISION)
+            total += tl.sum(product * phi.to(tl.float32), axis=1)
+        place = run_head * N + tokens
+        reciprocal = tl.load(reciprocal_GHN + place, mask=tokens < N, other=0.0)
+        gradient = -0.5 * total * reciprocal * reciprocal
+        tl.store(denominator_grad_GHN + place, gradient, mask=tokens < N)
 
 
 @triton.jit
@@ -553,6 +597,7 @@ def write_backward_kernel(
     grad_memory_GHFV,
     grad_normalizer_GHF,
     grad_removal_GHFF,
+    more_GHNV,
     grad_key_GHNF,
     grad_value_GHNV,
     key_stride_g,
@@ -561,6 +606,9 @@ def write_backward_kernel(
     value_stride_g,
     value_stride_h,
     value_stride_n,
+    more_stride_g,
+    more_stride_h,
+    more_stride_n,
     grad_key_stride_g,
     grad_key_stride_h,
     grad_key_stride_n,
@@ -571,69 +619,58 @@ def write_backward_kernel(
     F,
     V,
     H,
+    SPLITS,
     MAP: tl.constexpr,
     WEIGHTED: tl.constexpr,
     DELTA: tl.constexpr,
+    ADDED: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    FULL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    BLOCKS_F: tl.constexpr,
-    BLOCKS_V: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Gradients of one tile's keys and values from those of the run's sums B, z and, for delta, A."""
-    tiles = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    tokens = (pid % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = tokens < N
-    run_head = (pid // tiles).to(tl.int64)
+    """Gradients of keys and values from those of the run's sums B, z and, for delta, A; one block a head.
+
+    `more` is a gradient of the values from elsewhere, to be added if ADDED.
+    """
+    rows = tl.arange(0, BLOCK_F)
+    columns = tl.arange(0, BLOCK_V)
+    tiles = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS)
+    split, run_head = tl.program_id(0) % SPLITS, (tl.program_id(0) // SPLITS).to(tl.int64)
     g, h = run_head // H, run_head % H
-    key = key_GHNF + g * key_stride_g + h * key_stride_h
-    value = value_GHNV + g * value_stride_g + h * value_stride_h
-    grad_key = grad_key_GHNF + g * grad_key_stride_g + h * grad_key_stride_h
-    grad_value = grad_value_GHNV + g * grad_value_stride_g + h * grad_value_stride_h
-    grad_memory = grad_memory_GHFV + run_head * F * V
     weight = 1.0
     if WEIGHTED:
         weight = tl.load(weight_G + g)
+    dB = (weight * _matrix(grad_memory_GHFV + run_head * F * V, rows, columns, F, V)).to(OPERAND)
+    grad_z = weight * tl.load(grad_normalizer_GHF + run_head * F + rows, mask=rows < F, other=0.0)
+    if DELTA:
+        S = _matrix(grad_removal_GHFF + run_head * F * F, rows, rows, F, F).to(OPERAND)
+        z = tl.load(normalizer_GHF + run_head * F + rows, mask=rows < F, other=0.0)
+    for step in tl.range(0, tiles, num_stages=STAGES):
+        tokens = (split * tiles + step) * BLOCK_N + tl.arange(0, BLOCK_N)
+        key = key_GHNF + g * key_stride_g + h * key_stride_h
+        value = value_GHNV + g * value_stride_g + h * value_stride_h
+        x = _tile(key, key_stride_n, tokens, rows, N, F, FULL)
+        values = _tile(value, value_stride_n, tokens, columns, N, V, FULL).to(OPERAND)
+        phi = _mapped(x, tokens, rows, N, F, MAP, OPERAND, FULL)
 
-    for block_f in tl.static_range(BLOCKS_F):
-        rows = block_f * BLOCK_F + tl.arange(0, BLOCK_F)
-        grad_phi = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
-        for block_v in tl.static_range(BLOCKS_V):
-            columns = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
-            values = _tile(value, value_stride_n, tokens, columns, N, V).to(OPERAND)
-            dB = _matrix(grad_memory, rows, columns, F, V).to(OPERAND)
-            grad_phi = tl.dot(values, tl.trans(dB), grad_phi, input_precision=PRECISION)
-        grad_z = tl.load(grad_normalizer_GHF + run_head * F + rows, mask=rows < F, other=0.0)
-        grad_phi = weight * (grad_phi + grad_z[None, :])
+        grad_values = tl.dot(phi, dB, input_precision=PRECISION)
+        if ADDED:
+            more = more_GHNV + g * more_stride_g + h * more_stride_h
+            grad_values += _tile(more, more_stride_n, tokens, columns, N, V, FULL).to(tl.float32)
+        grad_value = grad_value_GHNV + g * grad_value_stride_g + h * grad_value_stride_h
+        _store_tile(grad_value, grad_value_stride_n, tokens, columns, N, V, grad_values, FULL)
+
+        grad_phi = tl.dot(values, tl.trans(dB), input_precision=PRECISION) + grad_z[None, :]
         if DELTA:
-            reciprocal = tl.load(reciprocal_GHN + run_head * N + tokens, mask=inside, other=0.0)
-            denominator_grad = tl.load(denominator_grad_GHN + run_head * N + tokens, mask=inside, other=0.0)
-            z = tl.load(normalizer_GHF + run_head * F + rows, mask=rows < F, other=0.0)
-            product = tl.zeros((BLOCK_N, BLOCK_F), tl.float32)
-            for inner in tl.static_range(BLOCKS_F):
-                others = inner * BLOCK_F + tl.arange(0, BLOCK_F)
-                phi = _feature_tile(key, key_stride_n, tokens, others, N, F, MAP, OPERAND)
-                S = _matrix(grad_removal_GHFF + run_head * F * F, others, rows, F, F).to(OPERAND)
-                product = tl.dot(phi, S, product, input_precision=PRECISION)
+            place = run_head * N + tokens
+            reciprocal = tl.load(reciprocal_GHN + place, mask=tokens < N, other=0.0)
+            denominator_grad = tl.load(denominator_grad_GHN + place, mask=tokens < N, other=0.0)
+            product = tl.dot(phi, S, input_precision=PRECISION)
             grad_phi += reciprocal[:, None] * product + denominator_grad[:, None] * z[None, :]
-        x = _tile(key, key_stride_n, tokens, rows, N, F).to(tl.float32)
-        mask = inside[:, None] & (rows < F)[None, :]
-        place = tokens.to(tl.int64)[:, None] * grad_key_stride_n + rows[None, :]
-        grad_x = (grad_phi * _features_slope(x, MAP)).to(grad_key_GHNF.dtype.element_ty)
-        tl.store(grad_key + place, grad_x, mask=mask)
-
-    for block_v in tl.static_range(BLOCKS_V):
-        columns = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
-        grad_values = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-        for block_f in tl.static_range(BLOCKS_F):
-            rows = block_f * BLOCK_F + tl.arange(0, BLOCK_F)
-            phi = _feature_tile(key, key_stride_n, tokens, rows, N, F, MAP, OPERAND)
-            dB = _matrix(grad_memory, rows, columns, F, V).to(OPERAND)
-            grad_values = tl.dot(phi, dB, grad_values, input_precision=PRECISION)
-        mask = inside[:, None] & (columns < V)[None, :]
-        place = tokens.to(tl.int64)[:, None] * grad_value_stride_n + columns[None, :]
-        grad_v = (weight * grad_values).to(grad_value_GHNV.dtype.element_ty)
-        tl.store(grad_value + place, grad_v, mask=mask)
+        grad_x = grad_phi * _features_slope(x.to(tl.float32), MAP)
+        grad_key = grad_key_GHNF + g * grad_key_stride_g + h * grad_key_stride_h
+        _store_tile(grad_key, grad_key_stride_n, tokens, rows, N, F, grad_x, FULL)

@@ -1,20 +1,21 @@
-"""The memory as two custom ops over the kernels: the write side and the read side, with their gradients.
+"""The memory as custom ops over the kernels: the write side and the read side, with their gradients.
 
 `segment_states` makes the state before every segment out of keys and values; `mix` reads it and mixes it
-with local attention's output. Both have fakes, so `torch.compile(fullgraph=True)` sees through them.
+with local attention's output. All are operators with fakes, so `torch.compile(fullgraph=True)` works.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from infini_attention.ops.triton import kernels
+from infini_attention.ops.triton import kernels, wide
+from infini_attention.ops.triton.operator import operator
 
 FUSED_MAPS = ("elu1", "exp", "relu2", "softplus", "identity")
+MAX_BLOCK = 128  # the widest block of a head dimension that fits beside its tiles
 FILL = 264  # programs that fill the largest of today's GPUs twice over
 
 
@@ -26,21 +27,23 @@ class Tile(NamedTuple):
     stages: int
 
 
-TILES = {
+TILES = {  # the fastest of those tried on an H100, N = 2048, heads of 128
     "sums": Tile(64, 8, 3),
-    "reciprocal": Tile(64, 4, 1),
-    "mix": Tile(64, 4, 1),
-    "mix_backward": Tile(64, 8, 1),
-    "removal_backward": Tile(64, 8, 1),
-    "write_backward": Tile(64, 8, 1),
+    "removal": Tile(64, 4, 3),
+    "mix": Tile(64, 4, 3),
+    "mix_backward": Tile(64, 8, 3),
+    "removal_backward": Tile(64, 4, 3),
+    "write_backward": Tile(64, 4, 2),
+    "write_backward_delta": Tile(64, 8, 2),
+    "wide": Tile(32, 8, 1),
 }
 SCAN_BLOCK, SCAN_WARPS = 512, 4  # elements of the state a program of the linear scan carries
-DELTA_COLUMNS, DELTA_WARPS = 16, 8  # columns of M a program of the delta scan carries
+DELTA_COLUMNS, DELTA_WARPS, DELTA_STAGES = 16, 8, 2  # columns of M a program of the delta scan carries
 
 States = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("infini_attention::segment_states", mutates_args=())
+@operator
 def segment_states(
     key: Tensor,
     value: Tensor,
@@ -57,17 +60,17 @@ def segment_states(
     (runs,) fp32 or None; `memory` (rows, kv_heads, F, V) and `normalizer` (rows, kv_heads, F) fp32: the state
     before the first segment; `segments`: how many of the runs belong to each row.
 
-    Returns, all fp32: memory and normalizer before each run, (runs, kv_heads, ...); after each row's last one,
-    (rows, kv_heads, ...); and, for the delta rule, A of each run (runs, kv_heads, F, F) and 1 / (sigma(K) z)
-    (runs, kv_heads, N), kept for the gradient; empty for the linear rule. `weights` get no gradient.
+    Returns, all fp32: memory and normalizer before each run, (runs, kv_heads, ...); after each row's last
+    one, (rows, kv_heads, ...); and, for the delta rule, A of each run (runs, kv_heads, F, F) and
+    1 / (sigma(K) z) (runs, kv_heads, N), kept for the gradient; empty for the linear rule. `weights` get no
+    gradient.
     """
     sums, totals = _sums(key, value, feature_map, weights=weights)
     offsets = _offsets(tuple(segments), key.device)
     before_normalizer, last_normalizer = _scan(totals, normalizer, offsets)
-    removal, reciprocal = key.new_empty(0, dtype=torch.float32), key.new_empty(0, dtype=torch.float32)
+    removal, reciprocal = memory.new_empty(0), memory.new_empty(0)
     if delta:
-        reciprocal = _reciprocal(key, before_normalizer, feature_map)
-        removal, _ = _sums(key, key, feature_map, value_map=feature_map, value_scale=reciprocal)
+        removal, reciprocal = _removal(key, before_normalizer, feature_map)
         before_memory, last_memory = _delta_scan(sums, removal, memory, offsets)
     else:
         before_memory, last_memory = _scan(sums, memory, offsets)
@@ -96,8 +99,9 @@ def _(
     )
 
 
-@torch.library.custom_op("infini_attention::segment_states_backward", mutates_args=())
+@operator
 def segment_states_backward(
+    more_grad_value: Tensor | None,
     grad_before_memory: Tensor,
     grad_before_normalizer: Tensor,
     grad_last_memory: Tensor,
@@ -113,7 +117,10 @@ def segment_states_backward(
     feature_map: str,
     delta: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of key, value, memory and normalizer of `segment_states`; the scans run backwards."""
+    """Gradients of key, value, memory and normalizer of `segment_states`; the scans run backwards.
+
+    `more_grad_value` is added to the values' gradient.
+    """
     offsets = _offsets(tuple(segments), key.device)
     denominator_grad = grad_removal = reciprocal
     if delta:
@@ -140,6 +147,7 @@ def segment_states_backward(
         grad_sums,
         grad_totals,
         grad_removal,
+        more_grad_value,
         feature_map,
         delta,
     )
@@ -148,6 +156,7 @@ def segment_states_backward(
 
 @segment_states_backward.register_fake
 def _(
+    more_grad_value: Tensor | None,
     grad_before_memory: Tensor,
     grad_before_normalizer: Tensor,
     grad_last_memory: Tensor,
@@ -171,34 +180,60 @@ def _(
     )
 
 
-def _keep_for_states(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    key, value, weights, _, _, segments, feature_map, delta = inputs
-    before_memory, before_normalizer, last_memory, last_normalizer, removal, reciprocal = output
-    ctx.save_for_backward(key, value, weights, before_memory, before_normalizer, removal, reciprocal)
-    ctx.settings = segments, feature_map, delta
-    ctx.mark_non_differentiable(removal, reciprocal)
-    ctx.set_materialize_grads(False)
-    ctx.like = last_memory, last_normalizer
+class SegmentStates(torch.autograd.Function):
+    """`segment_states` with its gradient, and the values handed through.
+
+    Whoever takes the values from here gives their gradient back to here, where the kernel adds it to the
+    memory's: a pass over the values less. Returns (values, *the first four of `segment_states`).
+    """
+
+    @staticmethod
+    def forward(ctx, key, value, weights, memory, normalizer, segments, feature_map, delta):
+        """See `segment_states`."""
+        *states, removal, reciprocal = segment_states(
+            key, value, weights, memory, normalizer, segments, feature_map, delta
+        )
+        before_memory, before_normalizer, *_ = states
+        ctx.save_for_backward(
+            key, value, weights, memory, before_memory, before_normalizer, removal, reciprocal
+        )
+        ctx.settings = segments, feature_map, delta
+        ctx.set_materialize_grads(False)
+        return value.view_as(value), *states
+
+    @staticmethod
+    def backward(ctx, grad_value, *gradients):
+        """Gradients of key, value, memory and normalizer."""
+        key, value, weights, memory, before_memory, before_normalizer, removal, reciprocal = ctx.saved_tensors
+        segments, feature_map, delta = ctx.settings
+        shapes = before_memory, before_normalizer, memory, memory[..., 0]
+        before, before_z, last, last_z = (
+            torch.zeros_like(tensor) if gradient is None else gradient.contiguous()
+            for gradient, tensor in zip(gradients, shapes, strict=True)
+        )
+        if grad_value is not None and grad_value.stride(-1) != 1:
+            grad_value = grad_value.contiguous()
+        grad_key, grad_value, grad_memory, grad_normalizer = segment_states_backward(
+            grad_value,
+            before,
+            before_z,
+            last,
+            last_z,
+            key,
+            value,
+            weights,
+            before_memory,
+            before_normalizer,
+            removal,
+            reciprocal,
+            segments,
+            feature_map,
+            delta,
+        )
+        return grad_key, grad_value, None, grad_memory, grad_normalizer, None, None, None
 
 
-def _states_gradients(ctx, grad_memory, grad_normalizer, grad_last, grad_last_normalizer, *_):  # type: ignore[no-untyped-def]
-    key, value, weights, before_memory, before_normalizer, removal, reciprocal = ctx.saved_tensors
-    like = before_memory, before_normalizer, *ctx.like
-    given = grad_memory, grad_normalizer, grad_last, grad_last_normalizer
-    gradients = [
-        torch.zeros_like(tensor) if gradient is None else gradient.contiguous()
-        for gradient, tensor in zip(given, like, strict=True)
-    ]
-    grad_key, grad_value, grad_start, grad_start_normalizer = segment_states_backward(
-        *gradients, key, value, weights, before_memory, before_normalizer, removal, reciprocal, *ctx.settings
-    )
-    return grad_key, grad_value, None, grad_start, grad_start_normalizer, None, None, None
-
-
-segment_states.register_autograd(_states_gradients, setup_context=_keep_for_states)
-
-
-@torch.library.custom_op("infini_attention::mix", mutates_args=())
+@operator
 def mix(
     query: Tensor,
     local: Tensor,
@@ -211,12 +246,10 @@ def mix(
     """The read side, equations (7) and (10): sigmoid(gate) of what memory answers, the rest of `local`.
 
     `query` (runs, heads, N, F) and `local` (runs, heads, N, V) with a contiguous last axis; `gate` (heads,)
-    fp32; `memory` (runs, kv_heads, F, V) and `normalizer` (runs, kv_heads, F) fp32: the state before each run.
-    An empty memory has no share unless `gated`. Returns (runs, heads, N, V) in local's dtype.
+    fp32; `memory` (runs, kv_heads, F, V) and `normalizer` (runs, kv_heads, F) fp32: the state before each
+    run. An empty memory has no share unless `gated`. Returns (runs, heads, N, V) in local's dtype.
     """
-    output = torch.empty_like(local)
-    _mix(query, local, gate, memory, normalizer, output, feature_map, gated)
-    return output
+    return mix_into(query, local, gate, memory, normalizer, torch.empty_like(local), feature_map, gated)
 
 
 @mix.register_fake
@@ -232,21 +265,46 @@ def _(
     return torch.empty_like(local)
 
 
-@torch.library.custom_op("infini_attention::mix_", mutates_args=("local",))
-def mix_(
+def mix_into(
     query: Tensor,
     local: Tensor,
     gate: Tensor,
     memory: Tensor,
     normalizer: Tensor,
+    output: Tensor,
     feature_map: str,
     gated: bool,
-) -> None:
-    """`mix`, written over `local`; for inference, where nobody needs local attention's output afterwards."""
-    _mix(query, local, gate, memory, normalizer, local, feature_map, gated)
+) -> Tensor:
+    """`mix`, written to `output`, which may be `local`; returns `output`."""
+    runs, heads, tokens, features = query.shape
+    kv_heads, values = memory.shape[1], local.shape[-1]
+    cut = _cut("mix", query, features, values, runs * kv_heads)
+    kernels.mix_kernel[(cut.programs, cut.blocks(values))](
+        query,
+        local,
+        gate,
+        memory,
+        normalizer,
+        output,
+        *query.stride()[:3],
+        *local.stride()[:3],
+        *output.stride()[:3],
+        tokens,
+        features,
+        values,
+        kv_heads,
+        cut.splits,
+        GROUP=heads // kv_heads,
+        MAP=feature_map,
+        GATED=gated,
+        BLOCK_V=_block(values),
+        BLOCKS_F=cut.blocks(features),
+        **cut.options,
+    )
+    return output
 
 
-@torch.library.custom_op("infini_attention::mix_backward", mutates_args=())
+@operator
 def mix_backward(
     grad_output: Tensor,
     query: Tensor,
@@ -260,16 +318,10 @@ def mix_backward(
     """Gradients of query, local, gate, memory and normalizer of `mix`."""
     runs, heads, tokens, features = query.shape
     kv_heads, values = memory.shape[1], local.shape[-1]
-    block_f, blocks_f = _blocks(features)
-    block_v, blocks_v = _blocks(values)
-    block_n, launch = _tile("mix_backward", tokens)
-    tiles = triton.cdiv(tokens, block_n)
+    is_wide = max(features, values) > MAX_BLOCK
     grad_query, grad_local = torch.empty_like(query), torch.empty_like(local)
-    grad_share = gate.new_empty(runs, heads, tiles)
-    value_scale = gate.new_empty(runs, heads, tokens)
-    denominator_grad = gate.new_empty(runs, heads, tokens)
-    operand, precision = _operand(query.dtype)
-    kernels.mix_backward_kernel[(runs * heads * tiles,)](
+    grad_share, scale, denominator_grad = gate.new_empty(3, runs, heads, tokens).unbind()
+    tensors = (
         query,
         local,
         gate,
@@ -279,36 +331,36 @@ def mix_backward(
         grad_query,
         grad_local,
         grad_share,
-        value_scale,
+        scale,
         denominator_grad,
         *query.stride()[:3],
         *local.stride()[:3],
         *grad_output.stride()[:3],
         *grad_query.stride()[:3],
         *grad_local.stride()[:3],
-        tokens,
-        features,
-        values,
-        heads,
-        GROUP=heads // kv_heads,
-        MAP=feature_map,
-        GATED=gated,
-        OPERAND=operand,
-        PRECISION=precision,
-        BLOCK_N=block_n,
-        BLOCK_F=block_f,
-        BLOCK_V=block_v,
-        BLOCKS_F=blocks_f,
-        BLOCKS_V=blocks_v,
-        **launch,
     )
+    cut = _cut("wide" if is_wide else "mix_backward", query, features, values, runs * kv_heads)
+    settings = {"GROUP": heads // kv_heads, "MAP": feature_map, "GATED": gated}
+    if is_wide:
+        options = _wide_options(cut, features, values)
+        tiles = -(-tokens // options["BLOCK_N"])
+        wide.wide_mix_backward_kernel[(runs * heads * tiles,)](
+            *tensors, tokens, features, values, heads, **settings, **options
+        )
+    else:
+        kernels.mix_backward_kernel[(cut.programs,)](
+            *tensors,
+            tokens,
+            features,
+            values,
+            kv_heads,
+            cut.splits,
+            BLOCK_V=_block(values),
+            **settings,
+            **cut.options,
+        )
     grad_memory, grad_normalizer = _sums(
-        query,
-        grad_output,
-        feature_map,
-        kv_heads=kv_heads,
-        value_scale=value_scale,
-        total_scale=denominator_grad,
+        query, grad_output, feature_map, kv_heads=kv_heads, scale=scale, total_scale=denominator_grad
     )
     share = torch.sigmoid(gate)
     grad_gate = grad_share.sum(dim=(0, 2)) * share * (1 - share)
@@ -335,19 +387,59 @@ def _(
     )
 
 
-def _keep_for_mix(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, feature_map, gated = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.settings = feature_map, gated
+class Mix(torch.autograd.Function):
+    """`mix` with its gradient."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        """See `mix`."""
+        *tensors, feature_map, gated = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.settings = feature_map, gated
+        return mix(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        """Gradients of query, local, gate, memory and normalizer."""
+        if grad_output.stride(-1) != 1:
+            grad_output = grad_output.contiguous()
+        return *mix_backward(grad_output, *ctx.saved_tensors, *ctx.settings), None, None
 
 
-def _mix_gradients(ctx, grad_output):  # type: ignore[no-untyped-def]
-    if grad_output.stride(-1) != 1:
-        grad_output = grad_output.contiguous()
-    return *mix_backward(grad_output, *ctx.saved_tensors, *ctx.settings), None, None
+class Cut(NamedTuple):
+    """The launch of one kernel: programs on axis 0, splits among them, the constants it is compiled for."""
+
+    programs: int
+    splits: int
+    options: dict[str, Any]
+
+    def blocks(self, width: int) -> int:
+        """Blocks that cover a head dimension."""
+        return -(-width // _block(width))
 
 
-mix.register_autograd(_mix_gradients, setup_context=_keep_for_mix)
+def _cut(kernel: str, like: Tensor, features: int, values: int, pairs: int) -> Cut:
+    """How `kernel` is laid over `pairs` of run and head, for tokens like `like`, (runs, heads, N, dim).
+
+    Tiles of 4 bytes an element fill shared memory sooner, so they are shorter and not pipelined.
+    """
+    tile, tokens, narrow = TILES[kernel], like.shape[2], like.dtype == torch.bfloat16
+    block_n = min(tile.tokens if narrow else 32, _power(tokens))
+    tiles = -(-tokens // block_n)
+    splits = -(-tiles // -(-tiles // max(1, min(FILL // pairs, tiles))))  # no split is left without tiles
+    operand, precision = _operand(like.dtype)
+    options = {
+        "OPERAND": operand,
+        "PRECISION": precision,
+        "FULL": tokens % (block_n * splits) == 0
+        and features == _block(features)
+        and values == _block(values),
+        "BLOCK_N": block_n,
+        "BLOCK_F": _block(features),
+        "STAGES": tile.stages if narrow else 1,
+        "num_warps": tile.warps,
+    }
+    return Cut(pairs * splits, splits, options)
 
 
 def _operand(dtype: torch.dtype) -> tuple[tl.dtype, str]:
@@ -357,17 +449,19 @@ def _operand(dtype: torch.dtype) -> tuple[tl.dtype, str]:
     return tl.float32, "tf32" if dtype == torch.float16 else "tf32x3"
 
 
-def _blocks(width: int) -> tuple[int, int]:
-    """Block size and number of blocks that cover a head dimension."""
-    block = min(128, max(16, triton.next_power_of_2(width)))
-    return block, triton.cdiv(width, block)
+def _block(width: int) -> int:
+    """The block that covers a head dimension, or the largest there is."""
+    return min(MAX_BLOCK, _power(width))
 
 
-def _tile(kernel: str, tokens: int) -> tuple[int, dict[str, int]]:
-    """Tokens a tile of `kernel` takes from segments of `tokens`, and its launch options."""
-    tile = TILES[kernel]
-    block_n = min(tile.tokens, max(16, triton.next_power_of_2(tokens)))
-    return block_n, {"num_warps": tile.warps, "num_stages": tile.stages}
+def _power(width: int) -> int:
+    """The smallest power of two of at least `width` and at least 16, the least a product takes."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _total(parts: Tensor) -> Tensor:
+    """The sum over splits, (runs, heads, splits, ...)."""
+    return parts.squeeze(2) if parts.shape[2] == 1 else parts.sum(dim=2)
 
 
 @lru_cache(maxsize=64)
@@ -381,33 +475,28 @@ def _sums(
     value: Tensor | None,
     feature_map: str,
     *,
-    value_map: str = "identity",
     kv_heads: int | None = None,
     weights: Tensor | None = None,
-    value_scale: Tensor | None = None,
+    scale: Tensor | None = None,
     total_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """sum sigma(k)^T (a v) and sum b sigma(k) of each run; see `kernels.sums_kernel`.
+    """sum (a sigma(k))^T v and sum b sigma(k) of each run; without `value` only the second is formed.
 
-    Without `value` only the second, without a use for the second it costs next to nothing.
+    `scale` a and `total_scale` b are (runs, heads, N); see `kernels.sums_kernel`.
     """
     runs, heads, tokens, features = key.shape
     kv_heads = heads if kv_heads is None else kv_heads
     outer = value is not None
     value = key if value is None else value
-    values = value.shape[-1]
-    block_f, blocks_f = _blocks(features)
-    block_v, blocks_v = _blocks(values) if outer else (16, 1)
-    block_n, launch = _tile("sums", tokens)
-    splits = FILL // (runs * kv_heads * blocks_f * blocks_v)
-    splits = max(1, min(splits, triton.cdiv(tokens, block_n)))
-    memory = key.new_empty((runs, kv_heads, splits, features, values) if outer else (0,), dtype=torch.float32)
-    normalizer = key.new_empty(runs, kv_heads, splits, features, dtype=torch.float32)
-    operand, precision = _operand(key.dtype)
-    kernels.sums_kernel[(runs * kv_heads * splits, blocks_f, blocks_v)](
+    values = value.shape[-1] if outer else 16
+    cut = _cut("sums", key, features, values, runs * kv_heads)
+    sizes = (runs, kv_heads, cut.splits, features)
+    memory = key.new_empty((*sizes, values) if outer else (0, 0, 1), dtype=torch.float32)
+    normalizer = key.new_empty(sizes, dtype=torch.float32)
+    kernels.sums_kernel[(cut.programs, cut.blocks(features), cut.blocks(values))](
         key,
         value,
-        value_scale,
+        scale,
         total_scale,
         weights,
         memory,
@@ -418,55 +507,54 @@ def _sums(
         features,
         values,
         kv_heads,
-        splits,
+        cut.splits,
         GROUP=heads // kv_heads,
-        MAP_X=feature_map,
-        MAP_Y=value_map,
-        SCALED_Y=value_scale is not None,
-        SCALED_X=total_scale is not None,
-        WEIGHTED=weights is not None,
+        MAP=feature_map,
         OUTER=outer,
-        TOTAL=True,
-        OPERAND=operand,
-        PRECISION=precision,
-        BLOCK_N=block_n,
-        BLOCK_F=block_f,
-        BLOCK_V=block_v,
-        **launch,
+        SCALED=scale is not None,
+        TOTAL_SCALED=total_scale is not None,
+        WEIGHTED=weights is not None,
+        BLOCK_V=_block(values),
+        **cut.options,
     )
-    if splits == 1:
-        return memory.squeeze(2) if outer else memory, normalizer.squeeze(2)
-    return memory.sum(dim=2) if outer else memory, normalizer.sum(dim=2)
+    return _total(memory), _total(normalizer)
 
 
-def _reciprocal(key: Tensor, normalizer: Tensor, feature_map: str) -> Tensor:
+def _removal(key: Tensor, normalizer: Tensor, feature_map: str) -> tuple[Tensor, Tensor]:
+    """A of each run and 1 / (sigma(K) z) of each token; see `kernels.removal_kernel`."""
     runs, heads, tokens, features = key.shape
-    block_n, launch = _tile("reciprocal", tokens)
+    cut = _cut("removal", key, features, features, runs * heads)
+    blocks = cut.blocks(features)
+    removal = normalizer.new_empty(runs, heads, cut.splits, features, features)
     reciprocal = normalizer.new_empty(runs, heads, tokens)
-    kernels.reciprocal_kernel[(runs * heads * triton.cdiv(tokens, block_n),)](
+    kernels.removal_kernel[(cut.programs, blocks, blocks)](
         key,
         normalizer,
         reciprocal,
+        removal,
         *key.stride()[:3],
         tokens,
         features,
         heads,
+        cut.splits,
         MAP=feature_map,
-        OPERAND=_operand(key.dtype)[0],
-        BLOCK_N=block_n,
-        BLOCK_F=max(16, triton.next_power_of_2(features)),
-        **launch,
+        BLOCKS_F=blocks,
+        **cut.options,
     )
-    return reciprocal
+    return _total(removal), reciprocal
 
 
 def _scan(sums: Tensor, start: Tensor, offsets: Tensor, *, backwards: bool = False) -> tuple[Tensor, Tensor]:
-    """Exclusive prefix sums over each row's runs, and the total; see `kernels.scan_kernel`."""
+    """Exclusive prefix sums over each row's runs, and the total; see `kernels.scan_kernel`.
+
+    Forwards the prefix sums take the place of `sums`; backwards `sums` are somebody's gradients.
+    """
     rows, heads = start.shape[:2]
     elements = start[0, 0].numel()
-    before, last = torch.empty_like(sums), torch.empty_like(start, memory_format=torch.contiguous_format)
-    block = min(SCAN_BLOCK, max(16, triton.next_power_of_2(elements)))
-    kernels.scan_kernel[(rows * heads, triton.cdiv(elements, block))](
+    before = torch.empty_like(sums) if backwards else sums
+    last = torch.empty_like(start, memory_format=torch.contiguous_format)
+    block = min(SCAN_BLOCK, _power(elements))
+    kernels.scan_kernel[(rows * heads, -(-elements // block))](
         sums,
         start.contiguous(),
         before,
@@ -484,11 +572,12 @@ def _scan(sums: Tensor, start: Tensor, offsets: Tensor, *, backwards: bool = Fal
 def _delta_scan(
     sums: Tensor, removal: Tensor, start: Tensor, offsets: Tensor, *, backwards: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The affine scan of the delta rule; see `kernels.delta_scan_kernel`."""
+    """The affine scan of the delta rule; see `kernels.delta_scan_kernel`, and `_scan` for what is reused."""
     rows, heads, features, values = start.shape
-    block_f, halves = _blocks(features)
-    before, last = torch.empty_like(sums), torch.empty_like(start, memory_format=torch.contiguous_format)
-    kernels.delta_scan_kernel[(rows * heads, triton.cdiv(values, DELTA_COLUMNS))](
+    block_f = _block(features)
+    before = torch.empty_like(sums) if backwards else sums
+    last = torch.empty_like(start, memory_format=torch.contiguous_format)
+    kernels.delta_scan_kernel[(rows * heads, -(-values // DELTA_COLUMNS))](
         sums,
         removal,
         start.contiguous(),
@@ -499,65 +588,21 @@ def _delta_scan(
         features,
         values,
         REVERSED=backwards,
-        HALVES=halves,
+        HALVES=-(-features // block_f),
         PRECISION="tf32x3",
         BLOCK_F=block_f,
         BLOCK_V=DELTA_COLUMNS,
+        STAGES=1 if features > MAX_BLOCK else DELTA_STAGES,
         num_warps=DELTA_WARPS,
     )
     return before, last
 
 
-def _mix(
-    query: Tensor,
-    local: Tensor,
-    gate: Tensor,
-    memory: Tensor,
-    normalizer: Tensor,
-    output: Tensor,
-    feature_map: str,
-    gated: bool,
-) -> None:
-    runs, heads, tokens, features = query.shape
-    values = local.shape[-1]
-    block_f, blocks_f = _blocks(features)
-    block_v, blocks_v = _blocks(values)
-    block_n, launch = _tile("mix", tokens)
-    operand, precision = _operand(query.dtype)
-    kernels.mix_kernel[(runs * heads * triton.cdiv(tokens, block_n), blocks_v)](
-        query,
-        local,
-        gate,
-        memory,
-        normalizer,
-        output,
-        *query.stride()[:3],
-        *local.stride()[:3],
-        *output.stride()[:3],
-        tokens,
-        features,
-        values,
-        heads,
-        GROUP=heads // memory.shape[1],
-        MAP=feature_map,
-        GATED=gated,
-        OPERAND=operand,
-        PRECISION=precision,
-        BLOCK_N=block_n,
-        BLOCK_F=block_f,
-        BLOCK_V=block_v,
-        BLOCKS_F=blocks_f,
-        **launch,
-    )
-
-
 def _removal_backward(key: Tensor, reciprocal: Tensor, grad_removal: Tensor, feature_map: str) -> Tensor:
     runs, heads, tokens, features = key.shape
-    block_f, blocks_f = _blocks(features)
-    block_n, launch = _tile("removal_backward", tokens)
-    operand, precision = _operand(key.dtype)
+    cut = _cut("removal_backward", key, features, 16, runs * heads)
     denominator_grad = torch.empty_like(reciprocal)
-    kernels.removal_backward_kernel[(runs * heads * triton.cdiv(tokens, block_n),)](
+    kernels.removal_backward_kernel[(cut.programs,)](
         key,
         reciprocal,
         grad_removal,
@@ -566,13 +611,10 @@ def _removal_backward(key: Tensor, reciprocal: Tensor, grad_removal: Tensor, fea
         tokens,
         features,
         heads,
+        cut.splits,
         MAP=feature_map,
-        OPERAND=operand,
-        PRECISION=precision,
-        BLOCK_N=block_n,
-        BLOCK_F=block_f,
-        BLOCKS_F=blocks_f,
-        **launch,
+        BLOCKS_F=cut.blocks(features),
+        **cut.options,
     )
     return denominator_grad
 
@@ -587,17 +629,17 @@ def _write_backward(
     grad_sums: Tensor,
     grad_totals: Tensor,
     grad_removal: Tensor,
+    more_grad_value: Tensor | None,
     feature_map: str,
     delta: bool,
 ) -> tuple[Tensor, Tensor]:
     runs, heads, tokens, features = key.shape
     values = value.shape[-1]
-    block_f, blocks_f = _blocks(features)
-    block_v, blocks_v = _blocks(values)
-    block_n, launch = _tile("write_backward", tokens)
-    operand, precision = _operand(key.dtype)
+    is_wide = max(features, values) > MAX_BLOCK
+    kernel = "wide" if is_wide else "write_backward_delta" if delta else "write_backward"
+    cut = _cut(kernel, key, features, values, runs * heads)
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
-    kernels.write_backward_kernel[(runs * heads * triton.cdiv(tokens, block_n),)](
+    tensors = (
         key,
         value,
         weights,
@@ -607,26 +649,44 @@ def _write_backward(
         grad_sums,
         grad_totals,
         grad_removal,
+        more_grad_value,
         grad_key,
         grad_value,
         *key.stride()[:3],
         *value.stride()[:3],
+        *(value if more_grad_value is None else more_grad_value).stride()[:3],
         *grad_key.stride()[:3],
         *grad_value.stride()[:3],
-        tokens,
-        features,
-        values,
-        heads,
-        MAP=feature_map,
-        WEIGHTED=weights is not None,
-        DELTA=delta,
-        OPERAND=operand,
-        PRECISION=precision,
-        BLOCK_N=block_n,
-        BLOCK_F=block_f,
-        BLOCK_V=block_v,
-        BLOCKS_F=blocks_f,
-        BLOCKS_V=blocks_v,
-        **launch,
     )
+    settings = {
+        "MAP": feature_map,
+        "WEIGHTED": weights is not None,
+        "DELTA": delta,
+        "ADDED": more_grad_value is not None,
+    }
+    if is_wide:
+        options = _wide_options(cut, features, values)
+        tiles = -(-tokens // options["BLOCK_N"])
+        wide.wide_write_backward_kernel[(runs * heads * tiles,)](
+            *tensors, tokens, features, values, heads, **settings, **options
+        )
+    else:
+        kernels.write_backward_kernel[(cut.programs,)](
+            *tensors,
+            tokens,
+            features,
+            values,
+            heads,
+            cut.splits,
+            BLOCK_V=_block(values),
+            **settings,
+            **cut.options,
+        )
     return grad_key, grad_value
+
+
+def _wide_options(cut: Cut, features: int, values: int) -> dict[str, Any]:
+    """Constants of the kernels in `wide`, which mask everything and go block by block."""
+    options = {name: value for name, value in cut.options.items() if name not in ("FULL", "STAGES")}
+    options |= {"BLOCK_V": _block(values), "BLOCKS_F": cut.blocks(features), "BLOCKS_V": cut.blocks(values)}
+    return options | {"num_stages": 1}
