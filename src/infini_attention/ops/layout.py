@@ -100,7 +100,8 @@ class Layout:
         counts = [count - start for count, start in zip(self.counts, starts, strict=True)]
         ends = [used + head for used, head in zip(self.open_lengths, self.heads, strict=True)]
         used = [end % self.segment_length for end in ends]  # not 0 where a head did not finish its segment
-        columns = [self._first_column + whole for whole in self.segments]
+        last = self.columns - 1  # a row that ends with a whole segment has no column for its empty tail
+        columns = [min(self._first_column + whole, last) for whole in self.segments]
         return self._open_stretches(starts, counts, used, columns)
 
     def whole(self, block_tokens: int | None = None) -> list[Whole]:
