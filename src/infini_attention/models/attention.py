@@ -1,0 +1,108 @@
+"""The one attention layer of all families: the family's projections, norms and rotation over a memory."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from infini_attention.layers import MemoryGate
+from infini_attention.models.compat import pop_cache
+from infini_attention.ops import infini_attention
+
+Rotation = tuple[Tensor, Tensor]
+"""(cos, sin) of rotary positions, each (batch or 1, length, rotated_dim)."""
+
+
+class SegmentContext(NamedTuple):
+    """What every layer with a memory needs to know about one forward call; made once, by the model.
+
+    A tuple of tensors and dicts, so that whatever moves a layer's arguments between devices moves it too.
+
+    Attributes:
+        padding_mask: (batch, length) bool, True = a real token; None when all are.
+        cu_seqlens: (documents + 1,) for packed documents, else None.
+        rotations: by layer, the rotation at each token's position inside its own segment.
+    """
+
+    padding_mask: Tensor | None
+    cu_seqlens: Tensor | None
+    rotations: dict[int, Rotation]
+
+
+class InfiniAttentionMixin(nn.Module):
+    """Put before a family's attention class: same projections and parameter names, and a memory.
+
+    Queries and keys go to the memory as they come from the projections (and norms, where the family has
+    them), before rotation; local attention sees them rotated by positions that restart in every segment.
+    """
+
+    apply_rotary: Callable[..., Rotation]
+    """The family's own rotary function."""
+
+    softcap: float | None = None
+    """What the family's local scores are capped at, if they are."""
+
+    # What the family's class brings; not every family has the norms.
+    config: Any
+    layer_idx: Any
+    head_dim: Any
+    scaling: Any
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    o_proj: Any
+    q_norm: Any
+    k_norm: Any
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.memory_gate = MemoryGate(config.num_attention_heads, init=config.gate_init)
+
+    def forward(
+        self, hidden_states: Tensor, *, segment_context: SegmentContext, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Attend; `hidden_states` is (batch, length, hidden_size), and so is the output.
+
+        Of the arguments that decoder layers pass, the absolute rotation and the attention mask are not used:
+        `segment_context` holds what stands for them. The cache, if any, is an InfiniCache.
+        """
+        query, key, value = self._project(hidden_states)
+        local_query, local_key = self._rotate(query, key, segment_context.rotations[self.layer_idx])
+        cache = pop_cache(kwargs)
+        output, state = infini_attention(
+            query,
+            key,
+            value,
+            self.memory_gate(),
+            segment_length=self.config.segment_length,
+            local_query=local_query,
+            local_key=local_key,
+            update_rule=self.config.update_rule,
+            feature_map=self.config.feature_map,
+            empty_memory=self.config.empty_memory,
+            state=None if cache is None else cache.layers[self.layer_idx].state,
+            padding_mask=segment_context.padding_mask,
+            cu_seqlens=segment_context.cu_seqlens,
+            scale=self.scaling,
+            softcap=self.softcap,
+        )
+        if cache is not None:
+            cache.layers[self.layer_idx].advance(state, hidden_states.shape[1])
+        return self.o_proj(output.transpose(1, 2).flatten(2)), None
+
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value in value's dtype: (batch, heads or kv_heads, length, head_dim)."""
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if hasattr(self, "q_norm"):
+            query, key = self.q_norm(query), self.k_norm(key)
+        # Under autocast a norm or a rotation may come out wider than the projections.
+        return query.to(value.dtype), key.to(value.dtype), value
+
+    def _rotate(self, query: Tensor, key: Tensor, rotation: Rotation) -> Rotation:
+        if not getattr(self, "use_rope", True):
+            return query, key
+        local_query, local_key = self.apply_rotary(query, key, *rotation)
+        return local_query.to(query.dtype), local_key.to(key.dtype)

@@ -1,0 +1,107 @@
+"""InfiniCache: what a model carries from call to call, of fixed size in every layer that has a memory."""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+
+from infini_attention.models.config import InfiniConfigMixin
+from infini_attention.ops import MemoryState
+
+
+class InfiniCacheLayer(CacheLayerMixin):
+    """One layer's MemoryState, and how many tokens it has been given, padding included."""
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: MemoryState | None = None
+        self.seen = 0
+
+    def advance(self, state: MemoryState, tokens: int) -> None:
+        """Take over the `state` after `tokens` more tokens."""
+        self.state = state
+        self.seen += tokens
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """What an ordinary full-attention layer would say, so that masks for such layers come out right."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: any length."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state = None
+        self.seen = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the given rows, in the given order."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows, in the given order."""
+        if self.state is not None:
+            self.state = self.state.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, side by side."""
+        if self.state is not None:
+            self.batch_select_indices(torch.arange(self.state.batch_size).repeat_interleave(repeats))
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to prepare: the first `advance` brings the state."""
+
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """A memory keeps no keys and values of the past to hand out."""
+        raise ValueError("a layer with a memory takes a state, not keys and values; use advance()")
+
+    def crop(self, *args: Any) -> NoReturn:
+        """A memory cannot forget its last tokens."""
+        raise ValueError(
+            "crop() cannot take tokens back out of a memory; keep a copy.deepcopy(cache) from before them"
+        )
+
+
+class InfiniCache(DynamicCache):
+    """A cache for `infini_*` models: a MemoryState for every layer that has a memory, keys and values else.
+
+    Pass it to forward or `generate` to go on where an earlier call stopped. `get_seq_length()` counts tokens
+    seen, padding included, so an attention mask has that many columns before those of the new tokens.
+    `copy.deepcopy` makes an independent copy.
+
+    Args:
+        config: the model's config.
+
+    Raises:
+        ValueError: the config of a model without a memory.
+    """
+
+    def __init__(self, config: Any) -> None:
+        if not isinstance(config, InfiniConfigMixin):
+            raise ValueError(
+                f"InfiniCache was given a {type(config).__name__}; give the config of an infini_* model"
+            )
+        super().__init__(config=config)  # type: ignore[arg-type]
+        for layer in config.infini_layers or []:
+            self.layers[layer] = InfiniCacheLayer()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(_layer_nbytes(layer) for layer in self.layers)
+
+
+def _layer_nbytes(layer: Any) -> int:
+    if isinstance(layer, InfiniCacheLayer):
+        return 0 if layer.state is None else layer.state.nbytes
+    return sum(tensor.nbytes for tensor in (layer.keys, layer.values) if tensor is not None)

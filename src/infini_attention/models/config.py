@@ -1,0 +1,103 @@
+"""The configuration fields that a family's own config gains."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from infini_attention.ops import feature_maps
+from infini_attention.ops.infini import EMPTY_MEMORY, UPDATE_RULES
+
+
+@dataclass(kw_only=True)
+class InfiniConfigMixin:
+    """Fields of every `infini_*` config; they come on top of those of the family's own config.
+
+    Attributes:
+        segment_length: N, tokens a segment.
+        update_rule: "linear" or "delta".
+        feature_map: a name of `infini_attention.ops.feature_maps`.
+        empty_memory: "local" or "gated"; see `infini_attention.ops.infini_attention`.
+        infini_layers: indices of the layers that have a memory. None stands for every full-attention layer
+            and every sliding-window layer whose window is at least `segment_length` (such a window never
+            bites inside a segment); the list that this comes to replaces it.
+        gate_init: initial logit of every head's gate. 0 for training from scratch; well below 0 keeps a
+            retrofitted model close to its base.
+
+    Raises:
+        ValueError: a value that cannot be right; the text names it and the remedy.
+    """
+
+    segment_length: int = 2048
+    update_rule: str = "linear"
+    feature_map: str = "elu1"
+    empty_memory: str = "local"
+    infini_layers: list[int] | None = None
+    gate_init: int | float = 0.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        if self.infini_layers is None:
+            self.infini_layers = [layer for layer in range(self._layers) if self._can_have_memory(layer)]
+        # `strict` runs validators too, but wraps what they raise in an exception that is no ValueError.
+        self.validate_infini()
+
+    def validate_infini(self) -> None:
+        """Raise ValueError for fields that cannot be right."""
+        if self.segment_length < 1:
+            raise ValueError(f"segment_length is {self.segment_length}; give a whole number of at least 1")
+        _check_choice("update_rule", self.update_rule, UPDATE_RULES)
+        _check_choice("empty_memory", self.empty_memory, EMPTY_MEMORY)
+        _check_choice("feature_map", self.feature_map, feature_maps.names())
+        if self.update_rule == "delta" and not feature_maps.get(self.feature_map).nonnegative:
+            raise ValueError(
+                f"feature_map {self.feature_map!r} can be negative, and the delta rule diverges with it; "
+                "choose a non-negative map such as 'elu1', or update_rule='linear'"
+            )
+        if not math.isfinite(self.gate_init):
+            raise ValueError(f"gate_init is {self.gate_init}; give a finite logit, such as -4.0")
+        if getattr(self, "use_bidirectional_attention", None):
+            raise ValueError(
+                "use_bidirectional_attention is set, and a memory of the past is causal by nature; "
+                "set use_bidirectional_attention=False"
+            )
+        self._check_layers()
+
+    @property
+    def _layers(self) -> int:
+        return self.num_hidden_layers  # type: ignore[attr-defined]
+
+    def _check_layers(self) -> None:
+        layers = self.infini_layers or []
+        if not layers:
+            raise ValueError(
+                f"no layer would have a memory: every layer's sliding window is shorter than segment_length "
+                f"{self.segment_length}, or infini_layers is empty; name layers, or choose a segment_length "
+                "of at most the window"
+            )
+        if len(set(layers)) < len(layers) or not all(0 <= layer < self._layers for layer in layers):
+            raise ValueError(
+                f"infini_layers is {layers}; name each layer once, as a number from 0 to {self._layers - 1}"
+            )
+        for layer in layers:
+            if not self._can_have_memory(layer):
+                raise ValueError(
+                    f"layer {layer} has a sliding window of {self._window(layer)} tokens, shorter than "
+                    f"segment_length {self.segment_length}; leave it out of the layers, or choose a "
+                    "segment_length of at most its window"
+                )
+
+    def _can_have_memory(self, layer: int) -> bool:
+        window = self._window(layer)
+        return window is None or window >= self.segment_length
+
+    def _window(self, layer: int) -> int | None:
+        """The sliding window of `layer` in tokens; None where attention is full."""
+        layer_types = getattr(self, "layer_types", None)
+        if layer_types is not None and layer_types[layer] != "sliding_attention":
+            return None
+        return getattr(self, "sliding_window", None)
+
+
+def _check_choice(field: str, value: str, known: tuple[str, ...] | list[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{field} is {value!r}; choose one of {', '.join(map(repr, known))}")

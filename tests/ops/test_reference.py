@@ -1,0 +1,36 @@
+"""The reference backend against the equations, a token at a time."""
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from .cases import LAYOUTS, STATE_FIELDS, Case, assert_equal, cases, run, splits
+from .oracle import oracle
+
+
+@given(st.data(), cases())
+def test_the_reference_is_the_papers_equations(data: st.DataObject, case: Case) -> None:
+    layouts = data.draw(st.lists(st.sampled_from(LAYOUTS), min_size=1, max_size=3))
+    outputs, state = run(case, backend="reference", pieces=data.draw(splits(case)), layouts=layouts)
+    for index, row in enumerate(case.rows):
+        segments = -(-row.length // case.segment_length)
+        expected, expected_state = oracle(
+            query=row.query.numpy(),
+            key=row.key.numpy(),
+            value=row.value.numpy(),
+            local_query=row.local_query.numpy(),
+            local_key=row.local_key.numpy(),
+            gate=case.gate.numpy(),
+            weights=np.ones(segments) if row.weights is None else row.weights.numpy(),
+            **case.settings,
+        )
+        assert_equal(outputs[index], torch.tensor(expected), tolerance=1e-10)
+        assert int(state.length[index]) == row.length
+        for name in STATE_FIELDS:
+            actual, wanted = getattr(state, name)[index], torch.tensor(expected_state[name])
+            if name in ("local_key", "local_value"):
+                still_open = row.length % case.segment_length
+                assert not actual[:, still_open:].any(), "places beyond the open segment are zero"
+                actual = actual[:, :still_open]
+            assert_equal(actual, wanted, tolerance=1e-10, what=name)

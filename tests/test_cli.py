@@ -1,0 +1,87 @@
+import inspect
+import json
+from importlib.metadata import version
+
+import pytest
+
+from infini_attention import cli
+from infini_attention.evaluation import bindings as experiment
+from infini_attention.evaluation.stream import stream
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of `infini` with `arguments`."""
+    code = 0
+    try:
+        cli.main(arguments)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+    code, output, _ = run(capsys, "--help")
+    assert code == 0
+    for subcommand in ("stream", "bindings", "doctor"):
+        assert subcommand in output
+
+
+@pytest.mark.parametrize("subcommand", ["stream", "bindings", "doctor"])
+def test_every_subcommand_can_print_json(capsys: pytest.CaptureFixture[str], subcommand: str) -> None:
+    code, output, _ = run(capsys, subcommand, "--help")
+    assert code == 0
+    assert "--json" in output
+
+
+def test_every_option_of_bindings_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    _, output, _ = run(capsys, "bindings", "--help")
+    for words in ("Width of keys", "Number of segments", "Seed of the draws", "Where to draw"):
+        assert words in output
+
+
+def test_version_is_that_of_the_distribution(capsys: pytest.CaptureFixture[str]) -> None:
+    code, output, _ = run(capsys, "--version")
+    assert code == 0
+    assert output.strip() == f"infini {version('infini-attention')}"
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    code, output, error = run(capsys, "bindings", "--bindings", "[33]", "--segments", "16")
+    assert code == 2
+    assert output == ""
+    assert error.startswith("infini: 33 bindings cannot be cut into 16 equal segments")
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_option_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = run(capsys, "bindings", "--no_such_option", "1")
+    assert code == 2
+    assert "no_such_option" in error
+
+
+def test_bindings_with_json_prints_one_line_of_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "SWEEP_BINDINGS", 1)
+    code, output, _ = run(
+        capsys, "bindings", "--bindings", "[1,16]", "--head_dim", "8", "--trials", "2", "--json"
+    )
+    assert code == 0
+    assert output.count("\n") == 1
+    assert json.loads(output)["trials"] == 2
+
+
+def test_stream_takes_every_setting_that_its_function_takes() -> None:
+    command, function = (inspect.signature(each).parameters for each in (cli.stream, stream))
+    assert {name: each.default for name, each in command.items() if name not in ("json", "plot")} == {
+        name: each.default for name, each in function.items()
+    }
+
+
+def test_a_text_that_is_not_there_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    code, output, error = run(capsys, "stream", "no-such-file.txt")
+    assert code == 2
+    assert output == ""
+    assert error.startswith("infini: ")
+    assert error.count("\n") == 1

@@ -1,0 +1,17 @@
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+OFFLINE = [example for example in EXAMPLES if "HuggingFaceTB/" not in example]
+
+
+@pytest.mark.parametrize("example", OFFLINE, ids=lambda example: re.findall(r"import (\w+)\n", example)[-1])
+def test_the_readmes_examples_run_as_they_stand(example: str) -> None:
+    exec(compile(example, str(README), "exec"), {})
+
+
+def test_the_readme_has_examples() -> None:
+    assert len(OFFLINE) >= 2
