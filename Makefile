@@ -17,6 +17,7 @@ test: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/ops/test_triton.py
 	$(BIN)/pytest -n 2
 
 clean:

@@ -32,7 +32,7 @@ def stream(
     update_rule: str | None = None,
     feature_map: str | None = None,
     gate_init: float | None = None,
-    chunk_length: int = 2048,
+    chunk_length: int | None = None,
     max_tokens: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -51,7 +51,8 @@ def stream(
         update_rule: linear or delta, when retrofitting; by default linear.
         feature_map: Feature map of the memory, when retrofitting; by default elu1.
         gate_init: Logit of every gate, when retrofitting; by default -4, which gives the memory 1.8 percent.
-        chunk_length: Tokens that go through the model at once. Changes speed and working memory, no figure.
+        chunk_length: Tokens that go through the model at once; default whole segments of at least 1024
+            tokens. Changes speed and working memory, no figure.
         max_tokens: Stop after so many tokens; by default at the end of the text.
         dtype: float32, bfloat16 or auto, which takes bfloat16 on a GPU and where a CPU is quicker with it.
         device: A device of torch, or auto, which takes the first GPU, else the CPU.

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from infini_attention.data.texts import TokenBlock
 from infini_attention.evaluation import stream as module
+from infini_attention.evaluation import stream_report
 from infini_attention.evaluation.perplexity import StreamedPerplexity
 from infini_attention.evaluation.stream import StreamReport, stream
 from infini_attention.evaluation.stream_report import plot, tables, to_json
@@ -145,6 +146,14 @@ def test_the_picture_is_written_where_asked(report: StreamReport, tmp_path: Path
     path = tmp_path / "new" / "stream.png"
     plot(report, path)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_pip_command_is_named(
+    report: StreamReport, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(stream_report, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"pip install 'infini-attention\[demo\]'"):
+        plot(report, tmp_path / "stream.png")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,10 @@ from infini_attention.evaluation.stream import StreamReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart with any kind of colour vision.
 ON, OFF, CACHE = "#0072B2", "#D55E00", "#000000"
+DERIVED = ("tokens_per_second", "state_bytes", "full_cache_bytes")
 
 
 def tables(report: StreamReport) -> list[Table]:
@@ -27,13 +28,12 @@ def tables(report: StreamReport) -> list[Table]:
 
 def to_json(report: StreamReport) -> str:
     """The whole report in one line of JSON; null where a number is not finite."""
-    sums = {"tokens_per_second", "state_bytes", "full_cache_bytes"}
     losses = {
         "total": report.total.to_dict(),
         "by_position": [stretch.to_dict() for stretch in report.by_position],
         "curve": [stretch.to_dict() for stretch in report.curve],
     }
-    everything = asdict(report) | {name: getattr(report, name) for name in sorted(sums)} | losses
+    everything = asdict(report) | {name: getattr(report, name) for name in DERIVED} | losses
     return json.dumps(_plain(everything), allow_nan=False)
 
 
@@ -42,8 +42,11 @@ def plot(report: StreamReport, path: Path) -> None:
 
     Raises ValueError with the pip command when matplotlib is missing.
     """
-    figure = empty_figure(width=13, height=5.6)
-    grid = figure.add_gridspec(2, 2, height_ratios=(3, 1))
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 5.6), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=(2, 1))
     loss = figure.add_subplot(grid[0, 0])
     _draw_loss(loss, report)
     _draw_difference(figure.add_subplot(grid[1, 0], sharex=loss), report)
@@ -59,15 +62,10 @@ def plot(report: StreamReport, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def empty_figure(*, width: float, height: float) -> "Figure":
-    """Return a figure of so many inches; ValueError with the pip command when matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(
-            "a plot needs matplotlib; install it with: pip install 'infini-attention[demo]'"
-        ) from error
-    return Figure(figsize=(width, height), layout="constrained")
+def require_matplotlib() -> None:
+    """Raise ValueError with the pip command when matplotlib is missing, best before a long reading."""
+    if find_spec("matplotlib") is None:
+        raise ValueError("a plot needs matplotlib; install it with: pip install 'infini-attention[demo]'")
 
 
 def _loss_table(report: StreamReport) -> Table:
@@ -120,11 +118,13 @@ def _cost_table(report: StreamReport) -> Table:
 
 def _costs(report: StreamReport) -> Iterator[tuple[str, str]]:
     setting, first, last = report.setting, report.samples[1], report.samples[-1]
-    yield "state carried", f"{_size(report.state_bytes)}, measured, at any length"
-    ratio = report.full_cache_bytes / report.state_bytes
+    yield (
+        "state carried",
+        f"{_state_range(report)}, measured: the memories, and keys and values of the open segment",
+    )
     yield (
         "key/value cache",
-        f"{_size(report.full_cache_bytes)} at this length, computed: {ratio:,.0f} times that",
+        f"{_size(report.full_cache_bytes)} at this length, computed from the model's config",
     )
     yield (
         "resident memory",
@@ -148,10 +148,10 @@ def _draw_loss(axes: "Axes", report: StreamReport) -> None:
     for name, colour, label in (("off", OFF, "memory off"), ("on", ON, "memory on")):
         ends = [stretch.end for stretch in report.curve]
         losses = [_nats_per_token(getattr(stretch, name)) for stretch in report.curve]
-        axes.plot(ends, losses, color=colour, linewidth=0.7, alpha=0.35)
+        axes.plot(ends, losses, color=colour, linewidth=0.7, alpha=0.3)
         axes.plot(ends, _smooth(losses), color=colour, linewidth=2, label=label)
     axes.set(ylabel="loss, nats a token", title="Loss by position")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=2, loc="upper right")
     _tidy(axes)
 
 
@@ -161,7 +161,7 @@ def _draw_difference(axes: "Axes", report: StreamReport) -> None:
     axes.axhline(0, color=CACHE, linewidth=0.8)
     axes.plot(ends, gains, color=ON, linewidth=0.7, alpha=0.35)
     axes.plot(ends, _smooth(gains), color=ON, linewidth=2)
-    axes.set(xlabel="tokens read", ylabel="gain by memory")
+    axes.set(xlabel="tokens read", ylabel="off minus on")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     _tidy(axes)
 
@@ -169,21 +169,21 @@ def _draw_difference(axes: "Axes", report: StreamReport) -> None:
 def _draw_sizes(axes: "Axes", report: StreamReport) -> None:
     samples = report.samples[1:]
     tokens = [sample.tokens for sample in samples]
-    cache = [count * report.setting.cache_bytes_per_token / 1e6 for count in tokens]
-    state = [sample.state_bytes / 1e6 for sample in samples]
+    cache = [count * report.setting.cache_bytes_per_token for count in tokens]
+    state = [sample.state_bytes for sample in samples]
     axes.plot(tokens, cache, color=CACHE, linestyle="--", linewidth=2)
     axes.plot(tokens, state, color=ON, linewidth=2, marker="o", markersize=3)
-    for sizes, colour, label in (
-        (cache, CACHE, "key/value cache, computed"),
-        (state, ON, "our state, measured"),
-    ):
-        text = f"{label}: {_size(sizes[-1] * 1e6)}"
-        axes.annotate(
-            text, (tokens[-1], sizes[-1]), (0, 8), textcoords="offset points", ha="right", color=colour
-        )
-    axes.set(
-        xscale="log", yscale="log", xlabel="tokens read", ylabel="megabytes", title="What is carried along"
+    labels = (
+        (f"key/value cache, computed: {_size(cache[-1])}", max(cache), CACHE),
+        (f"our state, measured: {_state_range(report)}", max(state), ON),
     )
+    for text, height, colour in labels:
+        place = (tokens[-1], height)
+        axes.annotate(text, place, (0, 8), textcoords="offset points", ha="right", color=colour)
+    axes.set(xscale="log", yscale="log", xlabel="tokens read", title="What is carried along")
+    axes.set_ylim(min(state) / 3, max(cache + state) * 3)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter(lambda height, _: _size(height))
     _tidy(axes)
 
 
@@ -201,6 +201,12 @@ def _smooth(values: list[float]) -> list[float]:
 
 def _nats_per_token(loss: Loss) -> float:
     return loss.nats / loss.tokens if loss.tokens else math.nan
+
+
+def _state_range(report: StreamReport) -> str:
+    """What was carried from chunk to chunk: the size, or the smallest and the largest where it varied."""
+    sizes = [sample.state_bytes for sample in report.samples[1:]]
+    return " to ".join(dict.fromkeys((_size(min(sizes)), _size(max(sizes)))))
 
 
 def _size(count: float) -> str:

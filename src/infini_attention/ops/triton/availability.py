@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-FIRST_TRITON = (3, 4)
+FIRST_TRITON = (3, 6)  # the oldest whose results were checked on a GPU
 MAX_HEAD_DIM = 256
 
 

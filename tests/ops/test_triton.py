@@ -1,0 +1,165 @@
+"""The fused kernels in Triton's interpreter, on the CPU: the same code that runs on a GPU, at tiny sizes.
+
+Triton decides when it is imported whether it interprets, so these run in a process of their own:
+`make test` starts one with TRITON_INTERPRET=1.
+"""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from .cases import LAYOUTS, assert_equal, assert_states_equal, make_case, run, scalar
+from .test_parallel import random_fields, state_of
+
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("set TRITON_INTERPRET=1 to run the fused kernels on the CPU", allow_module_level=True)
+
+TOLERANCE = 2e-5  # of fp32 arithmetic against fp64, over some dozens of tokens
+MAPS = ("elu1", "exp", "relu2", "softplus", "dpfp")
+
+
+def check(
+    lengths: list[int], *, layout: str = "right", open_lengths: list[int] | None = None, **settings: Any
+) -> None:
+    """Outputs, states and all gradients of the kernels in fp32 equal the reference's in fp64."""
+    case = make_case(lengths, **settings)
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = case.to(dtype).leaves()
+        tensors = [
+            tensor for row in leaves.rows for tensor in (row.query, row.key, row.value, row.local_query)
+        ]
+        tensors.append(leaves.gate)
+        state = None
+        if open_lengths is not None:
+            fields = random_fields(case, open_lengths, seed=1)
+            fields = {name: field.detach().to(dtype).requires_grad_() for name, field in fields.items()}
+            tensors += fields.values()
+            state = state_of(fields, open_lengths, segment_length=case.segment_length)
+        outputs, last = run(leaves, backend=backend, layouts=[layout], state=state)
+        loss = scalar(outputs, last) + sum(0.0 * tensor.sum() for tensor in tensors)
+        results.append((outputs, last, torch.autograd.grad(loss, tensors)))
+    (outputs, state, gradients), (expected, expected_state, expected_gradients) = results
+    for actual, wanted in zip(outputs, expected, strict=True):
+        assert_equal(actual, wanted, tolerance=TOLERANCE)
+    for name in ("memory", "normalizer", "pending_memory", "pending_normalizer"):
+        assert_equal(getattr(state, name), getattr(expected_state, name), tolerance=TOLERANCE, what=name)
+    assert state.length.tolist() == expected_state.length.tolist()
+    for actual, wanted in zip(gradients, expected_gradients, strict=True):
+        assert_equal(actual, wanted, tolerance=10 * TOLERANCE, what="gradient")
+
+
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_kernels_equal_the_reference(update_rule: str, feature_map: str) -> None:
+    check(
+        [50, 33],
+        kv_heads=1,
+        head_dim=20,
+        value_dim=24,
+        segment_length=16,
+        update_rule=update_rule,
+        feature_map=feature_map,
+    )
+
+
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernels_equal_the_reference_from_any_state(update_rule: str, layout: str) -> None:
+    """Weighted segments, rows of several lengths, packed and padded, some with an open segment."""
+    check(
+        [40, 0, 21],
+        layout=layout,
+        open_lengths=[3, 0, 5],
+        head_dim=16,
+        value_dim=16,
+        weighted=True,
+        segment_length=8,
+        update_rule=update_rule,
+        feature_map="exp",
+    )
+
+
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+def test_heads_wider_than_a_block_equal_the_reference(update_rule: str) -> None:
+    check(
+        [40],
+        kv_heads=1,
+        head_dim=160,
+        value_dim=144,
+        segment_length=16,
+        update_rule=update_rule,
+        feature_map="elu1",
+    )
+
+
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+def test_the_literal_equation_10_equals_the_reference(update_rule: str) -> None:
+    check(
+        [40],
+        head_dim=16,
+        value_dim=16,
+        segment_length=16,
+        update_rule=update_rule,
+        feature_map="elu1",
+        empty_memory="gated",
+        softcap=5.0,
+    )
+
+
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+def test_inference_equals_training(update_rule: str) -> None:
+    """Without gradients the mixture is written over local attention's output."""
+    case = make_case([70], head_dim=16, value_dim=16, segment_length=16, update_rule=update_rule).to(
+        torch.float32
+    )
+    with torch.no_grad():
+        (output,), state = run(case, backend="triton")
+    (trained,), trained_state = run(case.leaves(), backend="triton")
+    assert torch.equal(output, trained)
+    assert_states_equal(state, trained_state, tolerance=0)
+
+
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+def test_many_short_runs_fill_programs_by_splitting_none_away(update_rule: str) -> None:
+    """A segment longer than a tile is split over programs; every part of it counts once."""
+    check(
+        [300],
+        kv_heads=1,
+        group=1,
+        head_dim=16,
+        value_dim=16,
+        segment_length=150,
+        update_rule=update_rule,
+        feature_map="elu1",
+    )
+
+
+def test_torch_compile_sees_one_graph() -> None:
+    case = make_case([64], head_dim=16, value_dim=16, segment_length=16, update_rule="delta").to(
+        torch.float32
+    )
+    eager = case.leaves()
+    (row,) = eager.rows
+
+    def function(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor
+    ) -> torch.Tensor:
+        from infini_attention.ops import infini_attention
+
+        settings = {"segment_length": 16, "update_rule": "delta", "backend": "triton"}
+        return infini_attention(query[None], key[None], value[None], gate, **settings)[0]
+
+    tensors = row.query, row.key, row.value, eager.gate
+    expected = function(*tensors)
+    actual = torch.compile(function, fullgraph=True, backend="aot_eager")(*tensors)
+    assert_equal(actual, expected, tolerance=1e-6)
+    for compiled, wanted in zip(
+        torch.autograd.grad(actual.square().sum(), tensors),
+        torch.autograd.grad(expected.square().sum(), tensors),
+        strict=True,
+    ):
+        assert_equal(compiled, wanted, tolerance=1e-6, what="gradient")
