@@ -7,8 +7,8 @@ One layer of equal size each, the projections included, on the same input:
 
 - parallel, reference: `InfiniAttention` with either backend
 - peer: `CausalAttention` of PyPI infini-transformer-pytorch 0.2.1, segment by segment as its
-  `InfiniTransformerWrapper` runs it: memories go from segment to segment, and in training the gradient is cut,
-  and taken, after every second one. Ours goes through all segments.
+  `InfiniTransformerWrapper` runs it: memories go from segment to segment, and in training the gradient is
+  cut, and taken, after every second one. Ours goes through all segments.
 - full: causal `scaled_dot_product_attention` over everything, up to `full_up_to` tokens
 
 Times are the least of `repeats` interleaved runs, in seconds. Nothing is timed before parallel and reference

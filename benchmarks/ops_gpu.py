@@ -5,7 +5,7 @@
 
 Shapes, operations and bytes are printed from the code. The floor of every ratio is segment-local attention
 alone, SDPA with the cuDNN backend and the segments as batch, measured before and after the rows that are
-compared with it, in the same process. Times are medians of `triton.testing.do_bench`; forward+backward also as
+compared with it, in one process. Times are medians of `triton.testing.do_bench`; forward+backward also as
 the replay of a CUDA graph, which leaves out what the CPU needs to launch kernels. Nothing is timed before the
 fused kernels' outputs and gradients agree with the reference in fp64. The last line printed is JSON.
 """

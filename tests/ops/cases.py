@@ -176,11 +176,18 @@ def run(
     seen = fed if state is None else state.length.tolist()  # tokens before the case's first
     outputs: list[list[Tensor]] = [[] for _ in case.rows]
     for number, counts in enumerate(pieces or [[row.length for row in case.rows]]):
-        rows = [row.cut(first, first + count) for row, first, count in zip(case.rows, fed, counts, strict=True)]
+        rows = [
+            row.cut(first, first + count) for row, first, count in zip(case.rows, fed, counts, strict=True)
+        ]
         arguments, places = lay_out(rows, layouts[number % len(layouts)], seed=number)
         weights = _weights(case, seen, fed, counts)
         output, state = infini_attention(
-            **arguments, **case.settings, gate=case.gate, state=state, segment_weights=weights, backend=backend
+            **arguments,
+            **case.settings,
+            gate=case.gate,
+            state=state,
+            segment_weights=weights,
+            backend=backend,
         )
         check_padding(output, places)
         for row_outputs, (index, positions) in zip(outputs, places, strict=True):

@@ -60,7 +60,9 @@ def test_the_loss_of_segment_3_has_a_gradient_in_what_segment_1_wrote(
     (row,) = case.rows
     for name in ("key", "value"):
         first_segment = getattr(row, name).grad[:, :4]
-        assert (first_segment.abs().amax(dim=-1) > 1e-6).all(), f"{name}: a token of segment 1 has no gradient"
+        assert (first_segment.abs().amax(dim=-1) > 1e-6).all(), (
+            f"{name}: a token of segment 1 has no gradient"
+        )
     assert not row.query.grad[:, :8].any(), "earlier queries write nothing"
     assert not row.local_key.grad[:, :8].any(), "earlier local keys are forgotten"
 
@@ -92,14 +94,18 @@ def test_where_nothing_is_found_gradients_stay_moderate(
         torch.zeros(1),
         {"segment_length": 2, "update_rule": update_rule, "feature_map": feature_map},
     ).leaves()
-    past = Case([_row(query=memory_key, key=memory_key, value=torch.ones(2, 3))], torch.zeros(1), case.settings)
+    past = Case(
+        [_row(query=memory_key, key=memory_key, value=torch.ones(2, 3))], torch.zeros(1), case.settings
+    )
     _, state = run(past, backend=backend)
     for name in STATE_FIELDS:
         getattr(state, name).requires_grad_()
     (output,), last = run(case, backend=backend, state=state)
     (output.sum() + last.memory.sum()).backward()
     tensors = [*case.tensors(), *(getattr(state, name) for name in STATE_FIELDS)]
-    largest = max(float(tensor.grad.abs().max()) for tensor in tensors if tensor.grad is not None and tensor.numel())
+    largest = max(
+        float(tensor.grad.abs().max()) for tensor in tensors if tensor.grad is not None and tensor.numel()
+    )
     assert largest < 100
 
 

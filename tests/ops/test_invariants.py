@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from infini_attention.ops import infini_attention
 
@@ -83,7 +82,9 @@ def test_at_most_one_segment_is_ordinary_attention_bit_for_bit(
     output, _ = infini_attention(**arguments, **case.settings, gate=case.gate, backend=backend)
     local = [arguments[name] for name in ("local_query", "local_key", "value")]
     grouped = local[0].shape[1] != local[1].shape[1]
-    scale = case.settings["scale"] or local[0].shape[-1] ** -0.5  # not 1 / sqrt(head_dim), which rounds otherwise
+    scale = (
+        case.settings["scale"] or local[0].shape[-1] ** -0.5
+    )  # not 1 / sqrt(head_dim), which rounds otherwise
     expected = F.scaled_dot_product_attention(*local, is_causal=True, scale=scale, enable_gqa=grouped)
     assert torch.equal(output, expected)
 

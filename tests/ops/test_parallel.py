@@ -42,7 +42,10 @@ def state_of(fields: dict[str, Tensor], open_lengths: list[int], *, segment_leng
     used = torch.tensor(open_lengths)
     is_open = torch.arange(max(open_lengths)) < used[:, None]
     masks = dict.fromkeys(("local_key", "local_value"), is_open[:, None, :, None])
-    masks |= {"pending_memory": (used > 0)[:, None, None, None], "pending_normalizer": (used > 0)[:, None, None]}
+    masks |= {
+        "pending_memory": (used > 0)[:, None, None, None],
+        "pending_normalizer": (used > 0)[:, None, None],
+    }
     masked = {name: field.where(masks[name], 0) if name in masks else field for name, field in fields.items()}
     return MemoryState(**masked, length=used + segment_length, segment_length=segment_length)
 

@@ -106,7 +106,7 @@ class Layout:
 
     def whole(self, block_tokens: int | None = None) -> list[Whole]:
         """All whole segments, in blocks of about `block_tokens` tokens; None for a single block."""
-        most = max(self.segments, default=0)
+        most = max([0, *self.segments])
         steps = most if block_tokens is None else block_tokens // (self.segment_length * self.rows)
         steps = max(1, steps)
         return [self._whole_block(first, min(first + steps, most)) for first in range(0, most, steps)]

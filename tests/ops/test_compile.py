@@ -1,0 +1,31 @@
+"""torch.compile sees one graph in a call that starts afresh."""
+
+import shutil
+
+import pytest
+import torch
+from torch import Tensor
+
+from infini_attention.ops import infini_attention
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="inductor needs g++, which is missing"
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("update_rule", "length"), [("linear", 64), ("delta", 50)])
+def test_a_compiled_call_equals_an_eager_one(update_rule: str, length: int) -> None:
+    def function(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
+        settings = {"segment_length": 16, "update_rule": update_rule, "backend": "parallel"}
+        return infini_attention(query, key, value, gate, **settings)[0]
+
+    tensors = [tensor.requires_grad_() for tensor in torch.randn(3, 1, 2, length, 8).unbind()]
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    tensors.append(torch.zeros(2, requires_grad=True))
+    expected = function(*tensors)
+    actual = torch.compile(function, fullgraph=True)(*tensors)
+    torch.testing.assert_close(actual, expected)
+    gradients = (torch.autograd.grad(output.square().sum(), tensors) for output in (actual, expected))
+    for compiled, eager in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,109 @@
+"""MemoryState: moved, copied, reordered, joined, read."""
+
+import pytest
+import torch
+
+from infini_attention.ops import MemoryState, infini_attention
+
+from .cases import STATE_FIELDS, assert_states_equal, make_case, run
+from .oracle import retrieve, sigma
+
+
+def filled(lengths: list[int], *, segment_length: int = 4) -> MemoryState:
+    """The state after rows of these lengths, with a graph behind it."""
+    case = make_case(lengths, segment_length=segment_length, update_rule="delta").leaves()
+    return run(case, backend="parallel")[1]
+
+
+def test_detach_cuts_the_graph_and_clone_keeps_it() -> None:
+    state = filled([10, 7])
+    assert state.memory.requires_grad
+    assert not any(getattr(state.detach(), name).requires_grad for name in STATE_FIELDS)
+    assert state.clone().memory.requires_grad
+    assert_states_equal(state.detach(), state.clone(), tolerance=0)
+
+
+def test_a_clone_shares_no_memory() -> None:
+    state = filled([10]).detach()
+    copy = state.clone()
+    for name in (*STATE_FIELDS, "length"):
+        getattr(copy, name).fill_(7)
+        assert not (getattr(state, name) == 7).any()
+
+
+def test_rows_can_be_dropped_repeated_and_reordered() -> None:
+    state = filled([10, 7, 3])
+    chosen = state.select(torch.tensor([2, 0, 0]))
+    assert chosen.length.tolist() == [3, 10, 10]
+    assert torch.equal(chosen.memory, state.memory[[2, 0, 0]])
+    assert torch.equal(chosen.local_key, state.local_key[[2, 0, 0]])
+
+
+def test_joined_rows_go_on_as_they_would_alone() -> None:
+    """Rows whose open segments differ: 2, 3 and 0 tokens."""
+    whole = filled([10, 7, 8])
+    joined = MemoryState.cat([filled([10, 7]), whole.select(torch.tensor([2]))])
+    assert joined.open_length.tolist() == [2, 3, 0]
+    tensors = torch.randn(3, 3, 2, 5, 4, dtype=torch.float64)
+    query = torch.randn(3, 4, 5, 4, dtype=torch.float64)
+    gate = torch.zeros(4, dtype=torch.float64)
+    settings = {"segment_length": 4, "update_rule": "delta"}
+    value = tensors[1][..., :3]
+    output, _ = infini_attention(query, tensors[0], value, gate, state=joined, **settings)
+    for row in range(3):
+        alone = joined.select(torch.tensor([row]))
+        piece = slice(row, row + 1)
+        expected, _ = infini_attention(
+            query[piece], tensors[0][piece], value[piece], gate, state=alone, **settings
+        )
+        torch.testing.assert_close(output[piece], expected)
+
+
+def test_states_of_other_segment_lengths_do_not_join() -> None:
+    with pytest.raises(ValueError, match=r"cannot join states with segment_length \[4, 8\]"):
+        MemoryState.cat([filled([10]), filled([10], segment_length=8)])
+
+
+def test_places_without_a_token_are_zero() -> None:
+    state = filled([10, 7, 8, 2])
+    for row, used in enumerate(state.open_length.tolist()):
+        assert not state.local_key[row, :, used:].any()
+        assert not state.local_value[row, :, used:].any()
+
+
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+def test_the_size_does_not_depend_on_the_length(update_rule: str) -> None:
+    sizes = set()
+    for length in (8, 80, 800):
+        case = make_case([length], segment_length=4, update_rule=update_rule)
+        sizes.add(run(case, backend="parallel")[1].nbytes)
+    assert len(sizes) == 1
+
+
+def test_bytes_are_those_of_all_tensors() -> None:
+    state = MemoryState.empty(2, 3, 8, 6, segment_length=4)
+    assert state.nbytes == 4 * 2 * 2 * 3 * (8 * 6 + 8) + 2 * 8
+    assert state.batch_size == 2
+
+
+def test_to_moves_everything_but_the_lengths() -> None:
+    moved = filled([10]).to("meta")
+    assert all(getattr(moved, name).device.type == "meta" for name in STATE_FIELDS)
+    assert moved.length.tolist() == [10]
+
+
+def test_read_is_equation_7() -> None:
+    state = filled([10])
+    query = torch.randn(1, 4, 3, 4, dtype=torch.float64)
+    answers = state.read(query, feature_map="elu1")
+    for head in range(4):
+        memory, normalizer = (x[0, head // 2].detach().numpy() for x in (state.memory, state.normalizer))
+        for token in range(3):
+            features = sigma("elu1", query[0, head, token].numpy())
+            expected = torch.from_numpy(retrieve(features, memory, normalizer))
+            torch.testing.assert_close(answers[0, head, token].detach(), expected)
+
+
+def test_an_empty_memory_answers_zero() -> None:
+    state = MemoryState.empty(1, 2, 8, 6, segment_length=4)
+    assert not state.read(torch.randn(1, 4, 5, 8)).any()

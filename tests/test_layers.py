@@ -1,0 +1,137 @@
+"""InfiniAttention and MemoryGate."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from infini_attention import InfiniAttention, MemoryGate
+
+WIDTH, N = 32, 8
+
+
+def layer(**settings: Any) -> InfiniAttention:
+    torch.manual_seed(0)
+    return InfiniAttention(WIDTH, 4, **({"segment_length": N, "kv_heads": 2} | settings)).double()
+
+
+def tokens(length: int = 30, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, length, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"qk_norm": True, "update_rule": "delta"}, {"rope_theta": None, "bias": True}]
+)
+def test_any_chunking_is_the_same_computation(settings: dict[str, Any]) -> None:
+    module, hidden = layer(**settings), tokens()
+    whole, last = module(hidden)
+    state, parts = None, []
+    for piece in hidden.split([1, 9, 16, 4], dim=1):
+        part, state = module(piece, state=state)
+        parts.append(part)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+    torch.testing.assert_close(state.memory, last.memory)
+
+
+def test_memory_is_written_without_rotation() -> None:
+    """So it does not depend on what rotates, nor on where in the text a segment stands."""
+    hidden = tokens(4 * N)
+    states = [layer(rope_theta=theta)(hidden)[1] for theta in (10_000.0, 100.0, None)]
+    for state in states[1:]:
+        assert torch.equal(state.memory, states[0].memory)
+    shifted = torch.cat([torch.randn(2, N, WIDTH, dtype=torch.float64), hidden], dim=1)
+    _, later = layer()(shifted)
+    _, alone = layer()(shifted[:, :N])
+    torch.testing.assert_close(later.memory - alone.memory, states[0].memory)
+
+
+def test_rotation_restarts_in_every_segment() -> None:
+    module, segment = layer(gate_init=-1e4), tokens(N)
+    output, _ = module(segment.repeat(1, 3, 1))
+    for piece in output.split(N, dim=1):
+        torch.testing.assert_close(piece, output[:, :N])
+
+
+def test_rotation_makes_a_difference() -> None:
+    assert not torch.allclose(layer()(tokens())[0], layer(rope_theta=None)(tokens())[0])
+
+
+def test_a_padded_row_equals_its_unpadded_self() -> None:
+    module, hidden = layer(), tokens(20, batch=1)
+    expected, _ = module(hidden)
+    padded = torch.cat([torch.full((1, 5, WIDTH), 7.0, dtype=torch.float64), hidden], dim=1)
+    mask = torch.ones(1, 25, dtype=torch.bool)
+    mask[:, :5] = False
+    output, state = module(padded, padding_mask=mask)
+    torch.testing.assert_close(output[:, 5:], expected)
+    assert state.length.tolist() == [20]
+
+
+def test_packed_documents_equal_separate_ones() -> None:
+    module, hidden = layer(), tokens(30, batch=1)
+    output, _ = module(hidden, cu_seqlens=torch.tensor([0, 11, 30]))
+    for piece in (slice(0, 11), slice(11, 30)):
+        torch.testing.assert_close(output[:, piece], module(hidden[:, piece])[0])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"hidden_size": 30, "heads": 4}, "30 is not a multiple of heads 4; give head_dim"),
+        ({"hidden_size": 32, "heads": 4, "kv_heads": 3}, "heads 4 is not a multiple of kv_heads 3"),
+        ({"hidden_size": 12, "heads": 4}, "head_dim 3 is odd"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused(sizes: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        InfiniAttention(**sizes, segment_length=N)
+
+
+def test_a_gate_stays_in_full_precision() -> None:
+    module = layer().float()
+    with torch.no_grad():
+        module.memory_gate.logits.fill_(0.123456789)
+    for narrowed in (module.to(torch.bfloat16), module.half()):
+        assert narrowed.memory_gate().dtype == torch.float32
+        assert narrowed.memory_gate()[0].item() == pytest.approx(0.123456789, abs=1e-8)
+        assert narrowed.q_proj.weight.dtype != torch.float32
+    assert module.double().memory_gate().dtype == torch.float64
+
+
+def test_a_layer_comes_back_from_its_state_dict() -> None:
+    module, other = layer(gate_init=0.5), layer(gate_init=-1.0)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(tokens())[0], module(tokens())[0])
+    assert "memory_gate.logits" in module.state_dict()
+
+
+def test_gates_start_where_they_are_told_and_learn() -> None:
+    module = layer(gate_init=-3.0)
+    assert (module.memory_gate() == -3).all()
+    module(tokens())[0].square().sum().backward()
+    assert module.memory_gate.logits.grad.abs().min() > 0
+    assert repr(MemoryGate(4, -3.0)) == "MemoryGate(heads=4, init=-3.0)"
+
+
+@pytest.mark.parametrize("gate_init", [0.0, -3.0])
+def test_a_gate_opens_where_the_answer_lies_in_an_earlier_segment(gate_init: float) -> None:
+    """Eight places are told their symbols, and asked for them a segment later: only memory can answer."""
+    torch.manual_seed(0)
+    symbols = torch.eye(8)
+    sizes = {"head_dim": 32, "segment_length": 8, "rope_theta": None, "feature_map": "exp"}
+    module = InfiniAttention(17, 1, gate_init=gate_init, **sizes)
+    body = [parameter for name, parameter in module.named_parameters() if "memory_gate" not in name]
+    groups = [{"params": body, "lr": 2e-2}, {"params": module.memory_gate.parameters(), "lr": 5e-2}]
+    optimizer = torch.optim.Adam(groups)
+    places = symbols.expand(16, 8, 8)
+    asked = torch.cat([places, torch.zeros(16, 8, 8), torch.ones(16, 8, 1)], dim=2)
+    for _ in range(300):
+        answers = symbols[torch.stack([torch.randperm(8) for _ in range(16)])]
+        told = torch.cat([places, answers, torch.zeros(16, 8, 1)], dim=2)
+        output, _ = module(torch.cat([told, asked], dim=1))
+        loss = (output[:, 8:, 8:16] - answers).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.01  # a guess costs 0.109
+    assert module.memory_gate().sigmoid().item() > 0.5
