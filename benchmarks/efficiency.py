@@ -39,7 +39,9 @@ SMOLLM2 = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 2**24,
 }
-CHUNK, STEPS = 65_536, 20
+CHUNK, STEPS = 65_536, 10
+
+PASSES = ("forward", "forward+backward", "prefill", "decode a token", "training")
 
 Row = dict[str, Any]
 
@@ -51,32 +53,34 @@ class Clock:
         self.end, self.device = time.perf_counter() + seconds, device
         self.rows: list[Row] = []
 
-    def series(self, what: str, lengths: list[int], run: Callable[[int], float], growth: float) -> None:
-        """`run(length)` returns seconds; each is expected to take `growth` times the one before it."""
+    def series(self, what: str, lengths: list[int], run: Callable[[int], Row], growth: float) -> None:
+        """`run(length)` returns seconds by name; time is expected to grow with length ** `growth`."""
         took, previous = 0.0, lengths[0]
         for length in lengths:
             expected = took * (length / previous) ** growth
             if time.perf_counter() + expected > self.end:
                 self.rows.append({"what": what, "length": length, "note": "skipped: time budget"})
-                continue
-            begin, row = time.perf_counter(), {"what": what, "length": length}
-            try:
-                row |= self._measured(run, length)
-            except torch.OutOfMemoryError:
-                row["note"] = "out of memory"
-            took, previous = time.perf_counter() - begin, length
-            self.rows.append(row)
-            print(row, file=sys.stderr, flush=True)
-            if "note" in row:
                 return
+            begin = time.perf_counter()
+            try:
+                seconds, extra = self._measured(run, length)
+            except torch.OutOfMemoryError:
+                self.rows.append({"what": what, "length": length, "note": "out of memory"})
+                return
+            took, previous = time.perf_counter() - begin, length
+            for name, value in seconds.items():
+                row = {"what": f"{what}: {name}", "length": length, "seconds": value} | extra
+                self.rows.append(row)
+                print(row, file=sys.stderr, flush=True)
 
-    def _measured(self, run: Callable[[int], float], length: int) -> Row:
+    def _measured(self, run: Callable[[int], Row], length: int) -> tuple[Row, Row]:
         if self.device == "cpu":
-            return {"seconds": run(length)}
+            return run(length), {}
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        return {"seconds": run(length), "bytes": torch.cuda.max_memory_allocated() - before}
+        seconds = run(length)
+        return seconds, {"bytes": torch.cuda.max_memory_allocated() - before}
 
 
 def main(
@@ -103,9 +107,9 @@ def main(
     infini, full = models(layers, segment_length, device)
     for name, model, cache in (("infini", infini, InfiniCache), ("full", full, DynamicCache)):
         growth = 1.0 if name == "infini" else 2.0
-        clock.series(f"model {name}: decode a token", lengths, lambda n: decode(model, cache, n), growth)  # noqa: B023
-        clock.series(f"model {name}: prefill", lengths, lambda n: prefill(model, cache, n)[0], growth)  # noqa: B023
-        clock.series(f"model {name}: training", lengths[:3], lambda n: train(model, n), growth)  # noqa: B023
+        decode(model, cache, 2 * segment_length + 1)  # kernels are compiled
+        clock.series(f"model {name}", lengths, lambda n: decode(model, cache, n), growth)  # noqa: B023
+        clock.series(f"model {name}", lengths[:3], lambda n: train(model, n), growth)  # noqa: B023
     report = {
         "benchmark": "efficiency",
         "segment_length": segment_length,
@@ -138,17 +142,18 @@ def op_series(clock: Clock, lengths: list[int], segment_length: int, device: str
 
     for name, attend, growth in (("infini", infini, 1.0), ("full", full, 2.0)):
 
-        def forward(length: int) -> float:
+        def forward(length: int) -> Row:
             tensors = tokens(length, False)
-            return timed(lambda: attend(*tensors), device)  # noqa: B023
+            return {"forward": timed(lambda: attend(*tensors), device)}  # noqa: B023
 
-        def both(length: int) -> float:
+        def both(length: int) -> Row:
             tensors = tokens(length, True)
-            return timed(lambda: torch.autograd.grad(attend(*tensors).sum(), tensors), device)  # noqa: B023
+            step = lambda: torch.autograd.grad(attend(*tensors).sum(), tensors)  # noqa: B023, E731
+            return {"forward+backward": timed(step, device)}
 
         with torch.no_grad():
-            clock.series(f"op {name}: forward", lengths, forward, growth)
-        clock.series(f"op {name}: forward+backward", lengths[:4], both, growth)
+            clock.series(f"op {name}", lengths, forward, growth)
+        clock.series(f"op {name}", lengths[:3], both, growth)
 
 
 def models(layers: int, segment_length: int, device: str) -> tuple[Any, Any]:
@@ -176,9 +181,9 @@ def prefill(model: Any, cache_class: Any, length: int) -> tuple[float, Any]:
 
 
 @torch.no_grad()
-def decode(model: Any, cache_class: Any, length: int) -> float:
-    """Seconds a token, after a prefill of `length`."""
-    _, cache = prefill(model, cache_class, length)
+def decode(model: Any, cache_class: Any, length: int) -> Row:
+    """Seconds of a prefill of `length`, and of a token after it."""
+    prefilled, cache = prefill(model, cache_class, length)
     device = next(model.parameters()).device
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
 
@@ -187,20 +192,18 @@ def decode(model: Any, cache_class: Any, length: int) -> float:
             hidden = model.model(token, use_cache=True, **{CACHE_ARGUMENT: cache}).last_hidden_state
             token.copy_(model.lm_head(hidden[:, -1:]).argmax(-1))
 
-    steps()
-    return timed(steps, device.type, repeats=1) / STEPS
+    return {"prefill": prefilled, "decode a token": timed(steps, device.type, repeats=1) / STEPS}
 
 
-def train(model: Any, length: int) -> float:
+def train(model: Any, length: int) -> Row:
     """Seconds of a forward and backward over `length` tokens, activations checkpointed."""
     device = next(model.parameters()).device
     ids = torch.randint(0, 49152, (1, length), device=device)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     try:
-        return timed(
-            lambda: model.model(ids, use_cache=False).last_hidden_state.sum().backward(), device.type
-        )
+        step = lambda: model.model(ids, use_cache=False).last_hidden_state.sum().backward()  # noqa: E731
+        return {"training": timed(step, device.type, repeats=2)}
     finally:
         model.zero_grad()
         model.gradient_checkpointing_disable()
@@ -275,13 +278,7 @@ def draw(report: Row, path: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5))
-    colours = dict(
-        zip(
-            ("forward", "forward+backward", "decode a token", "prefill", "training"),
-            plt.cm.tab10.colors,
-            strict=False,
-        )
-    )
+    colours = dict(zip(PASSES, plt.cm.tab10.colors, strict=False))
     for what in dict.fromkeys(row["what"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["what"] == what and "seconds" in row]
         style = "--" if " full" in what else "-"

@@ -100,11 +100,14 @@ def plain(
 
 
 def assert_calibrated(actual: list[Tensor], rounded: list[Tensor], exact: list[Tensor]) -> None:
-    for number, (ours, theirs, wanted) in enumerate(zip(actual, rounded, exact, strict=True)):
-        allowed = 2 * _error(theirs, wanted) + 1e-5
-        assert _error(ours, wanted) <= allowed, (
-            f"result {number}: {_error(ours, wanted):.1e}, allowed {allowed:.1e}"
-        )
+    """Ours at most twice as wrong as plain torch, which may be right by luck where there are few numbers."""
+    epsilon = torch.finfo(actual[0].dtype).eps
+    errors = [
+        (_error(ours, wanted), 2 * _error(theirs, wanted) + (1e-5 if wanted.numel() > 100 else epsilon))
+        for ours, theirs, wanted in zip(actual, rounded, exact, strict=True)
+    ]
+    shown = ", ".join(f"{error:.1e} of {allowed:.1e}" for error, allowed in errors)
+    assert all(error <= allowed for error, allowed in errors), shown
 
 
 @pytest.fixture
@@ -117,8 +120,15 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("update_rule", RULES)
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [
+        *((torch.bfloat16, head_dim) for head_dim in (64, 96, 128, 256)),
+        *((torch.float32, head_dim) for head_dim in (128, 256)),
+        (torch.float16, 128),
+    ],
+    ids=str,
+)
 def test_outputs_states_and_gradients_are_right(
     dtype: torch.dtype, head_dim: int, update_rule: str, poisoned: None
 ) -> None:
@@ -139,8 +149,7 @@ def test_every_feature_map_is_right(feature_map: str, update_rule: str) -> None:
     assert_calibrated(ours, results(plain, tensors, **settings), truth(tensors, **settings))
 
 
-@pytest.mark.parametrize("tokens", [32, 64, 128])
-@pytest.mark.parametrize("warps", [4, 8])
+@pytest.mark.parametrize(("tokens", "warps"), [(32, 4), (128, 8)])
 def test_every_tile_gives_the_same(tokens: int, warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those in use and their neighbours, by either rule, with tiles that fit the segments and that do not."""
     tiles = {name: memory.Tile(tokens, warps, 2) for name in memory.TILES}

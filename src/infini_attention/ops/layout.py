@@ -56,13 +56,13 @@ class Whole(Stretches):
 
     def steps(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
         """What happens in order: at each step, the rows that still have a segment, and its run."""
-        counts = torch.tensor(self.segments)
-        first = counts.cumsum(0) - counts
-        return [
-            (rows.to(device), (first[rows] + step).to(device))
-            for step in range(max(self.segments))
-            for rows in [(counts > step).nonzero().squeeze(1)]
-        ]
+        first = [sum(self.segments[:row]) for row in range(len(self.segments))]
+        steps = []
+        for step in range(max(self.segments)):
+            rows = [row for row, count in enumerate(self.segments) if count > step]
+            runs = [first[row] + step for row in rows]
+            steps.append((torch.tensor(rows, device=device), torch.tensor(runs, device=device)))
+        return steps
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,7 @@ def scan_kernel(
 ):
     """The state before each run, and each row's last one, by adding `sums` in order (or in reverse).
 
-    Row r's runs are offsets[r] to offsets[r + 1]. `before` may be `sums` itself.
+    Row r's runs are offsets[r] to offsets[r + 1].
     """
     row = (tl.program_id(0) // H).to(tl.int64)
     h = tl.program_id(0) % H
@@ -317,7 +317,6 @@ def delta_scan_kernel(
     """M <- M - A M + B in order; in reverse, the same map's transpose, which is itself since A is symmetric.
 
     Columns of M never mix, so each program takes BLOCK_V of them; rows are HALVES blocks of BLOCK_F.
-    `before` may be `sums` itself.
     """
     row = (tl.program_id(0) // H).to(tl.int64)
     h = tl.program_id(0) % H

@@ -16,7 +16,7 @@ from infini_attention.ops.triton.operator import operator
 
 FUSED_MAPS = ("elu1", "exp", "relu2", "softplus", "identity")
 MAX_BLOCK = 128  # the widest block of a head dimension that fits beside its tiles
-FILL = 264  # programs that fill the largest of today's GPUs twice over
+FILL = 132  # programs below which runs are split: one a multiprocessor of the largest of today's GPUs
 
 
 class Tile(NamedTuple):
@@ -545,14 +545,10 @@ def _removal(key: Tensor, normalizer: Tensor, feature_map: str) -> tuple[Tensor,
 
 
 def _scan(sums: Tensor, start: Tensor, offsets: Tensor, *, backwards: bool = False) -> tuple[Tensor, Tensor]:
-    """Exclusive prefix sums over each row's runs, and the total; see `kernels.scan_kernel`.
-
-    Forwards the prefix sums take the place of `sums`; backwards `sums` are somebody's gradients.
-    """
+    """Exclusive prefix sums over each row's runs, and the total; see `kernels.scan_kernel`."""
     rows, heads = start.shape[:2]
     elements = start[0, 0].numel()
-    before = torch.empty_like(sums) if backwards else sums
-    last = torch.empty_like(start, memory_format=torch.contiguous_format)
+    before, last = torch.empty_like(sums), torch.empty_like(start, memory_format=torch.contiguous_format)
     block = min(SCAN_BLOCK, _power(elements))
     kernels.scan_kernel[(rows * heads, -(-elements // block))](
         sums,
@@ -572,11 +568,10 @@ def _scan(sums: Tensor, start: Tensor, offsets: Tensor, *, backwards: bool = Fal
 def _delta_scan(
     sums: Tensor, removal: Tensor, start: Tensor, offsets: Tensor, *, backwards: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The affine scan of the delta rule; see `kernels.delta_scan_kernel`, and `_scan` for what is reused."""
+    """The affine scan of the delta rule; see `kernels.delta_scan_kernel`."""
     rows, heads, features, values = start.shape
     block_f = _block(features)
-    before = torch.empty_like(sums) if backwards else sums
-    last = torch.empty_like(start, memory_format=torch.contiguous_format)
+    before, last = torch.empty_like(sums), torch.empty_like(start, memory_format=torch.contiguous_format)
     kernels.delta_scan_kernel[(rows * heads, -(-values // DELTA_COLUMNS))](
         sums,
         removal,
