@@ -38,20 +38,25 @@ Tensors = dict[str, Tensor]
 Row = dict[str, Any]
 
 
-def main(part: Literal["all", "inference", "training", "peers"] = "all", seconds: float = 0.15) -> None:
+def main(
+    part: Literal["all", "inference", "training", "peers"] = "all",
+    shapes: list[str] = list(SHAPES),  # noqa: B006
+    seconds: float = 0.15,
+) -> None:
     """Times forward, and forward with backward.
 
     Args:
         part: which rows.
+        shapes: query and key/value heads and their size, of those listed in the code.
         seconds: how long each is repeated; at least once.
     """
     torch.manual_seed(0)
     check()
     rows: list[Row] = []
     if part in ("all", "inference"):
-        rows += inference(seconds)
+        rows += inference(shapes, seconds)
     if part in ("all", "training"):
-        rows += training(seconds)
+        rows += training(shapes, seconds)
     if part in ("all", "peers"):
         rows += peers(seconds)
     report = {"benchmark": "ops_gpu", "segment_length": N, "dtype": "bfloat16", "rows": rows, **environment()}
@@ -73,15 +78,15 @@ def check() -> None:
                 strict=True,
             )
         ):
-            error = float((ours.double() - exact).norm() / exact.norm())
+            error = ((ours.double() - exact).norm() / exact.norm()).item()
             if not error <= TOLERANCE:
                 sys.exit(f"{update_rule}: result {number} is off by {error:.1e}; nothing was timed")
 
 
-def inference(seconds: float) -> list[Row]:
+def inference(shapes: list[str], seconds: float) -> list[Row]:
     """Forward, without gradients."""
     rows = []
-    for shape in SHAPES:
+    for shape in shapes:
         for name, length in LENGTHS.items():
             if shape != PAPER and name == "32K":
                 continue
@@ -98,10 +103,10 @@ def inference(seconds: float) -> list[Row]:
     return rows
 
 
-def training(seconds: float) -> list[Row]:
+def training(shapes: list[str], seconds: float) -> list[Row]:
     """Forward with backward, eager and as a graph."""
     rows = []
-    for shape in SHAPES:
+    for shape in shapes:
         for name in ("32K", "128K"):
             tensors = inputs(LENGTHS[name], *SHAPES[shape])
             floor = floor_row(shape, name, tensors, seconds, "forward+backward")
@@ -121,16 +126,22 @@ def peers(seconds: float) -> list[Row]:
     for name, length in LENGTHS.items():
         tensors = inputs(length, *SHAPES[PAPER])
         with torch.no_grad():
-            floor = floor_row(PAPER, name, tensors, seconds, "forward")
-            rows.append(floor)
-            for label, call in contenders(name, tensors).items():
-                rows.append(measured(label, PAPER, name, "forward", call, floor, seconds))
+            rows += compared(name, tensors, "forward", seconds)
         if name == "32K":
-            floor = floor_row(PAPER, name, tensors, seconds, "forward+backward")
-            rows.append(floor)
-            for label, call in contenders(name, tensors).items():
-                step = backward_of(call, [x for x in tensors.values()])
-                rows.append(measured(label, PAPER, name, "forward+backward", step, floor, seconds))
+            rows += compared(name, tensors, "forward+backward", seconds)
+    return rows
+
+
+def compared(name: str, tensors: Tensors, what: str, seconds: float) -> list[Row]:
+    """The floor and every contender; one that fails is named with its error and left out."""
+    floor = floor_row(PAPER, name, tensors, seconds, what)
+    rows = [floor]
+    for label, call in contenders(name, tensors).items():
+        try:
+            step = call if what == "forward" else backward_of(call, list(tensors.values()))
+            rows.append(measured(label, PAPER, name, what, step, floor, seconds))
+        except Exception as error:
+            print(f"{label}, {name}, {what}: {type(error).__name__}: {str(error)[:200]}")
     return rows
 
 
@@ -263,11 +274,9 @@ def measured(
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
+    once = seconds_of(call)
     extra = torch.cuda.max_memory_allocated() - before
-    slow = seconds_of(call) > 1
-    eager = seconds_of(call) * 1e3 if slow else do_bench(call, 25, 1000 * seconds, return_mode="median")
+    eager = once * 1e3 if once > 1 else do_bench(call, 25, 1000 * seconds, return_mode="median")
     row = {"system": label, "heads": shape, "length": name, "pass": what, "ms": eager, "extra_bytes": extra}
     if what != "forward" and ("infini l" in label or "infini d" in label or floor is None):
         row["graph_ms"] = do_bench(captured(call).replay, 25, 1000 * seconds, return_mode="median")
