@@ -171,16 +171,21 @@ def test_padding_packing_and_carried_states_are_right(update_rule: str) -> None:
     mask[0, :100] = mask[1, 500:] = False
     packed = {name: x if name == "gate" else x[:1] for name, x in tensors.items()}
     ends = torch.tensor([0, 0, 50, 390, 700], device="cuda", dtype=torch.int32)
-    weights = torch.rand(4, 3, device="cuda") + 0.5
-    for given, extra in (
-        (tensors, {"padding_mask": mask}),
-        (packed, {"cu_seqlens": ends, "segment_weights": weights}),
-    ):
+    for given, extra in ((tensors, {"padding_mask": mask}), (packed, {"cu_seqlens": ends})):
         _, state = infini_attention(**given, **settings, **extra, backend="triton")
-        output, last = infini_attention(**given, **settings, **extra, state=_closed(state), backend="triton")
-        precise = {name: x.double() for name, x in given.items()}
+        open_lengths = state.open_length
+        columns = int((-(-(open_lengths + state.length) // 128)).max())
+        weights = torch.rand(len(open_lengths), columns, device="cuda") + 0.5
+        output, last = infini_attention(
+            **given, **settings, **extra, state=state, segment_weights=weights, backend="triton"
+        )
         exact, exact_last = infini_attention(
-            **precise, **settings, **extra, state=_closed(state, torch.float64), backend="reference"
+            **{name: x.double() for name, x in given.items()},
+            **settings,
+            **extra,
+            state=_precise(state),
+            segment_weights=weights,
+            backend="reference",
         )
         assert _error(output, exact) < 1e-2
         assert _error(last.memory, exact_last.memory) < 1e-2
@@ -287,16 +292,11 @@ def _error(actual: Tensor, expected: Tensor) -> float:
         if actual.numel() < 2**28
         else (actual - expected).square().mean()
     )
-    return float((difference / expected.square().mean().double().clamp(min=1e-30)).sqrt())
+    return (difference / expected.square().mean().double().clamp(min=1e-30)).sqrt().item()
 
 
-def _closed(state: MemoryState, dtype: torch.dtype | None = None) -> MemoryState:
-    """The state in `dtype`: what a call in another precision would have to start from."""
-    if dtype is None:
-        return state
-    fields = {
-        name: getattr(state, name).to(dtype)
-        for name in vars(state)
-        if name not in ("length", "segment_length")
-    }
+def _precise(state: MemoryState) -> MemoryState:
+    """The state in fp64: where a call in fp64 would have to start from."""
+    names = [name for name in vars(state) if name not in ("length", "segment_length")]
+    fields = {name: getattr(state, name).double() for name in names}
     return MemoryState(**fields, length=state.length, segment_length=state.segment_length)
