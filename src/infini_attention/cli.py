@@ -58,9 +58,12 @@ def stream(
         device: A device of torch, or auto, which takes the first GPU, else the CPU.
         plot: Where to draw the picture, a file such as out/stream.png.
     """
+    from transformers.utils import logging
+
     from infini_attention.evaluation import stream_report as show
     from infini_attention.evaluation.stream import stream as read
 
+    logging.disable_progress_bar()  # of loading; reading has its own
     report = read(
         text,
         model=model,

@@ -78,7 +78,8 @@ def _loss_table(report: StreamReport) -> Table:
         box=None,
         padding=(0, 2, 0, 0),
     )
-    for heading in ("tokens", "token ppl: on", "off", "word ppl: on", "off", "bits/byte: on", "off"):
+    measures = ("token ppl", "word ppl", "bits/byte")
+    for heading in ("tokens", *(f"{name}\n{memory}" for name in measures for memory in ("on", "off"))):
         table.add_column(heading, justify="right", no_wrap=True)
     for stretch in report.by_position:
         table.add_row(f"{stretch.start:,} to {stretch.end - 1:,}", *_figures(stretch))
