@@ -6,21 +6,31 @@ import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "infini-attention")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "infini-attention",
+    "infini-transformer-pytorch",
+    "fla-core",
+)
 
 
-def environment() -> dict[str, Any]:
-    """Card or processor, threads, versions, commit and command line, for JSON.
+def environment(device: str = "cuda") -> dict[str, Any]:
+    """Card or processor, cores, threads, versions, commit and command line, for JSON.
 
-    The commit is that of the checkout, or `INFINI_COMMIT` where there is none.
+    With `device` "cpu" the processor is named even where there is a card. The commit is `INFINI_COMMIT` if
+    that is set, as for a copy without history, else that of the checkout.
     """
-    cuda = torch.cuda.is_available()
+    on_card = device != "cpu" and torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "device": torch.cuda.get_device_name() if on_card else _processor(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "commit": os.environ.get("INFINI_COMMIT") or _commit(),
@@ -36,13 +46,18 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    with open("/proc/cpuinfo") as lines:
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _commit() -> str:
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git
+        return "unknown"
     return described.stdout.strip() or "unknown"

@@ -17,18 +17,14 @@ agree on outputs and gradients. The last line printed is the same as JSON.
 
 import json
 import math
-import os
-import platform
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 
 import jsonargparse
 import torch
 import torch.nn.functional as F
+from common import environment
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -73,7 +69,7 @@ def main(
         for update_rule in ("linear", "delta")
         for what, seconds in time_all(length, update_rule, full_up_to, repeats, **sizes).items()
     ]
-    report = {"benchmark": "ops_cpu", **sizes, "repeats": repeats, "rows": rows, **environment()}
+    report = {"benchmark": "ops_cpu", **sizes, "repeats": repeats, "rows": rows, **environment("cpu")}
     Console(width=110).print(table(report))
     print(json.dumps(report))
 
@@ -203,35 +199,6 @@ def table(report: dict) -> Table:
             f"{row['length']:,}", row["update_rule"], row["pass"], f"{fastest:.3f}", per_token, *others
         )
     return grid
-
-
-def environment() -> dict[str, object]:
-    """What the figures depend on."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    names = ("torch", "infini-attention", PEER)
-    return {
-        "versions": {"python": platform.python_version()} | {name: installed(name) for name in names},
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "commit": commit.stdout.strip(),
-        "command": shlex.join(["python", *sys.argv]),
-    }
-
-
-def installed(name: str) -> str:
-    try:
-        return version(name)
-    except ImportError:
-        return "source"
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -67,6 +67,39 @@ def test_a_padded_row_equals_its_unpadded_self() -> None:
     assert state.length.tolist() == [20]
 
 
+def test_a_padded_batch_goes_on_as_each_of_its_rows_would() -> None:
+    """As in generation: prompts padded on the left, then tokens for every row."""
+    module, hidden = layer(update_rule="delta"), tokens(20)
+    mask = torch.ones(2, 14, dtype=torch.bool)
+    mask[1, :5] = False
+    _, state = module(hidden[:, :14], padding_mask=mask)
+    output, _ = module(hidden[:, 14:], state=state)
+    for row, first in enumerate((0, 5)):
+        alone, _ = module(hidden[row : row + 1, first:])
+        torch.testing.assert_close(output[row : row + 1], alone[:, -6:])
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_grouped_heads_equal_heads_with_copied_projections(kv_heads: int) -> None:
+    grouped, full = layer(kv_heads=kv_heads, qk_norm=True), layer(kv_heads=4, qk_norm=True)
+    weights = grouped.state_dict()
+    for name in ("k_proj.weight", "v_proj.weight"):
+        heads = weights[name].unflatten(0, (kv_heads, -1))
+        weights[name] = heads.repeat_interleave(4 // kv_heads, dim=0).flatten(0, 1)
+    full.load_state_dict(weights)
+    torch.testing.assert_close(grouped(tokens())[0], full(tokens())[0])
+
+
+def test_normalised_queries_and_keys_do_not_depend_on_the_size_of_projections() -> None:
+    module = layer(qk_norm=True)
+    expected, _ = module(tokens())
+    with torch.no_grad():
+        module.q_proj.weight.mul_(16)
+        module.k_proj.weight.mul_(16)
+    torch.testing.assert_close(module(tokens())[0], expected, rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(layer()(tokens())[0], expected)
+
+
 def test_packed_documents_equal_separate_ones() -> None:
     module, hidden = layer(), tokens(30, batch=1)
     output, _ = module(hidden, cu_seqlens=torch.tensor([0, 11, 30]))
@@ -91,10 +124,13 @@ def test_a_gate_stays_in_full_precision() -> None:
     module = layer().float()
     with torch.no_grad():
         module.memory_gate.logits.fill_(0.123456789)
-    for narrowed in (module.to(torch.bfloat16), module.half()):
-        assert narrowed.memory_gate().dtype == torch.float32
-        assert narrowed.memory_gate()[0].item() == pytest.approx(0.123456789, abs=1e-8)
-        assert narrowed.q_proj.weight.dtype != torch.float32
+    for dtype in (torch.bfloat16, torch.float16):
+        module.to(dtype)
+        assert module.memory_gate().dtype == torch.float32
+        assert module.memory_gate()[0].item() == pytest.approx(0.123456789, abs=1e-8)
+        assert module.q_proj.weight.dtype == dtype
+        assert module(tokens().to(dtype))[0].dtype == dtype
+    assert module.half().memory_gate().dtype == torch.float32
     assert module.double().memory_gate().dtype == torch.float64
 
 

@@ -118,6 +118,16 @@ def test_keys_go_to_memory_unrotated(llama, make_tokens):
     torch.testing.assert_close(kept[0], kept[1])
 
 
+@torch.no_grad()
+def test_gates_are_called_as_modules_so_that_wrappers_around_them_work(model, make_tokens):
+    called = []
+    for layer in model.model.layers:
+        gate = layer.self_attn.memory_gate
+        gate.register_forward_hook(lambda module, args, output: called.append(module))
+    model(make_tokens(1, 3))
+    assert called == [layer.self_attn.memory_gate for layer in model.model.layers]
+
+
 def test_a_family_that_is_not_supported_is_refused_with_the_list_of_those_that_are():
     bert = BertLMHeadModel(
         BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)

@@ -14,14 +14,14 @@ needs_compiler = pytest.mark.skipif(
 
 
 @needs_compiler
-@pytest.mark.parametrize(("update_rule", "length"), [("linear", 64), ("delta", 50)])
+@pytest.mark.parametrize("length", [64, 50], ids=["whole-segments", "open-segment"])
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
 def test_a_compiled_call_equals_an_eager_one(update_rule: str, length: int) -> None:
     def function(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
         settings = {"segment_length": 16, "update_rule": update_rule, "backend": "parallel"}
         return infini_attention(query, key, value, gate, **settings)[0]
 
-    tensors = [tensor.requires_grad_() for tensor in torch.randn(3, 1, 2, length, 8).unbind()]
-    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    tensors = [torch.randn(1, 2, length, 8, requires_grad=True) for _ in range(3)]
     tensors.append(torch.zeros(2, requires_grad=True))
     expected = function(*tensors)
     actual = torch.compile(function, fullgraph=True)(*tensors)

@@ -45,9 +45,15 @@ def test_rows_without_padding_count_on_from_their_open_segments(
     assert torch.equal(positions.expand_as(expected), expected)
 
 
-@given(st.lists(st.integers(0, 7), min_size=1, max_size=4), st.integers(1, 5))
-def test_packed_documents_count_for_themselves(lengths: list[int], segment_length: int) -> None:
+@given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 4)), min_size=1, max_size=4), st.integers(1, 5))
+def test_packed_documents_count_for_themselves(documents: list[tuple[int, int]], segment_length: int) -> None:
+    """Also on from segments that they have open."""
+    lengths = [length for length, _ in documents]
+    opened = [used % segment_length for _, used in documents]
     ends = torch.tensor([0, *lengths]).cumsum(0)
-    positions = segment_positions(sum(lengths), segment_length=segment_length, cu_seqlens=ends)
-    expected = [place % segment_length for length in lengths for place in range(length)]
-    assert positions.tolist() == [expected]
+    settings = {"segment_length": segment_length, "cu_seqlens": ends}
+    rows = counted([[True] * length for length in lengths], opened, segment_length)
+    positions = segment_positions(sum(lengths), open_lengths=torch.tensor(opened), **settings)
+    assert positions.tolist() == [sum(rows, [])]
+    if not any(opened):
+        assert torch.equal(segment_positions(sum(lengths), **settings), positions)

@@ -53,6 +53,16 @@ def test_parallel_is_at_most_twice_as_wrong_as_plain_torch(
     assert error(output, exact) <= 2 * error(plain(case), exact)
 
 
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+def test_memory_keeps_its_precision_under_autocast(update_rule: str) -> None:
+    case = make_case([100], segment_length=16, update_rule=update_rule).to(torch.float32)
+    (expected,), expected_state = run(case, backend="parallel")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (output,), state = run(case, backend="parallel")
+    assert torch.equal(output, expected)
+    assert torch.equal(state.memory, expected_state.memory)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("update_rule", ["linear", "delta"])
 @pytest.mark.parametrize("feature_map", [*MAPS, "relu2", "dpfp"])

@@ -39,6 +39,20 @@ def test_rows_can_be_dropped_repeated_and_reordered() -> None:
     assert torch.equal(chosen.local_key, state.local_key[[2, 0, 0]])
 
 
+def test_dropping_the_longest_open_segment_drops_its_places() -> None:
+    chosen = filled([10, 7, 8]).select(torch.tensor([0, 2]))
+    assert chosen.open_length.tolist() == [2, 0]
+    assert chosen.local_key.shape[2] == chosen.local_value.shape[2] == 2
+
+
+def test_gradients_flow_to_the_chosen_rows_alone() -> None:
+    case = make_case([10, 7], segment_length=4, update_rule="linear").leaves()
+    run(case, backend="parallel")[1].select(torch.tensor([1])).memory.sum().backward()
+    first, second = (row.value.grad for row in case.rows)
+    assert not first.any()
+    assert second.any()
+
+
 def test_joined_rows_go_on_as_they_would_alone() -> None:
     """Rows whose open segments differ: 2, 3 and 0 tokens."""
     whole = filled([10, 7, 8])

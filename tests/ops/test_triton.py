@@ -5,6 +5,7 @@ Triton decides when it is imported whether it interprets, so these run in a proc
 """
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ def check(
     results = []
     for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
         leaves = case.to(dtype).leaves()
+        leaves = replace(leaves, rows=[replace(row, weights=_detached(row.weights)) for row in leaves.rows])
         tensors = [
             tensor for row in leaves.rows for tensor in (row.query, row.key, row.value, row.local_query)
         ]
@@ -50,6 +52,10 @@ def check(
     assert state.length.tolist() == expected_state.length.tolist()
     for actual, wanted in zip(gradients, expected_gradients, strict=True):
         assert_equal(actual, wanted, tolerance=10 * TOLERANCE, what="gradient")
+
+
+def _detached(weights: torch.Tensor | None) -> torch.Tensor | None:
+    return None if weights is None else weights.detach()
 
 
 @pytest.mark.parametrize("update_rule", ["linear", "delta"])
@@ -136,6 +142,12 @@ def test_many_short_runs_fill_programs_by_splitting_none_away(update_rule: str) 
         update_rule=update_rule,
         feature_map="elu1",
     )
+
+
+def test_weights_that_ask_for_a_gradient_are_refused() -> None:
+    case = make_case([32], head_dim=16, value_dim=16, segment_length=16, update_rule="linear", weighted=True)
+    with pytest.raises(ValueError, match=r"segment_weights ask for a gradient.*backend=.parallel."):
+        run(case.to(torch.float32).leaves(), backend="triton")
 
 
 def test_torch_compile_sees_one_graph() -> None:

@@ -21,7 +21,6 @@ MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_slidi
 class InfiniPreTrainedMixin:
     """Class attributes and initialisation that decoder and language model share."""
 
-    _keep_in_fp32_modules_strict: Any = ("memory_gate",)
     _is_stateful = True  # refuses assisted decoding: a memory cannot take tokens back
     _supports_attention_backend = False
     _supports_flash_attn = False

@@ -128,7 +128,10 @@ def infini_attention(
         softcap=softcap,
     )
     inputs = Inputs(query, key, value, local_query, local_key, gate, segment_weights)
-    return _backend(backend, query, value)(inputs, layout, state, options)
+    with torch.autocast(
+        query.device.type, enabled=False
+    ):  # the memory keeps its precision under autocast too
+        return _backend(backend, query, value)(inputs, layout, state, options)
 
 
 def choose_backend(

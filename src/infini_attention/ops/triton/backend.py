@@ -15,6 +15,12 @@ from infini_attention.ops.triton.memory import FUSED_MAPS, Mix, SegmentStates, m
 
 def fused(inputs: Inputs, layout: Layout, state: MemoryState, options: Options) -> tuple[Tensor, MemoryState]:
     """Output (batch, heads, length, value_dim) and new state; see `infini_attention` for the contract."""
+    weights = inputs.segment_weights
+    if weights is not None and weights.requires_grad:
+        raise ValueError(
+            "segment_weights ask for a gradient, which the fused kernels do not give; "
+            "detach them, or use backend='parallel'"
+        )
     whole_segments = _trained_segments if inputs.needs_gradient(state) else _inferred_segments
     return walk(inputs, layout, state, options, whole_segments, None)
 
@@ -36,7 +42,7 @@ def _trained_segments(
     )
     local = _local(replace(inputs, value=value), options)
     gated = options.empty_memory == "gated"
-    output = Mix.apply(query, local, inputs.gate, before_memory, before_normalizer, name, gated)
+    output = Mix.apply(query, local, inputs.gate.float(), before_memory, before_normalizer, name, gated)
     return output, state.after_whole_segments(memory, normalizer, block.segments)
 
 
@@ -57,7 +63,7 @@ def _inferred_segments(
     )
     del _  # the delta rule's matrices, as large as all states together
     local = _local(inputs, options)
-    arguments = query, local, inputs.gate, before_memory, before_normalizer
+    arguments = query, local, inputs.gate.float(), before_memory, before_normalizer
     gated = options.empty_memory == "gated"
     if torch.compiler.is_compiling():  # an operator's output must not be one of its other arguments
         output = mix(*arguments, name, gated)
