@@ -183,7 +183,7 @@ def run_peer(layer: torch.nn.Module, hidden: Tensor, segment_length: int, *, tra
 
 def table(report: dict) -> Table:
     """Seconds, and how many times faster parallel is."""
-    title = "One layer of {heads} heads x {head_dim}, segments of {segment_length}; {threads} threads, {cpu}"
+    title = "One layer: {heads} heads x {head_dim}, segments of {segment_length}; {threads} threads, {device}"
     grid = Table(title=title.format(**report), caption="seconds (times parallel); µs a token is parallel's")
     for name in ("tokens", "rule", "pass", "parallel", "µs a token", "peer", "reference", "full"):
         grid.add_column(name, justify="left" if name in ("rule", "pass") else "right")

@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from infini_attention.ops import infini_attention
 
-
 N = 16
 
 

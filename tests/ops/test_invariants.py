@@ -92,6 +92,18 @@ def test_at_most_one_segment_is_ordinary_attention_bit_for_bit(
     assert_equal(torch.stack(padded), expected, tolerance=4 * torch.finfo(dtype).eps)
 
 
+def test_a_memory_is_empty_for_its_own_group_of_heads_only(backend: str) -> None:
+    """Keys of one key/value head leave nothing there with relu2: its query heads attend locally, un-shrunk."""
+    case = make_case([12], segment_length=4, update_rule="linear", feature_map="relu2")
+    (row,) = case.rows
+    key = torch.stack([-row.key[0].abs(), row.key[1].abs()])
+    case = replace(case, rows=[replace(row, key=key, query=row.query.abs())])
+    (output,), _ = run(case, backend=backend)
+    (local,), _ = run(replace(case, gate=torch.full_like(case.gate, -1e4)), backend=backend)
+    assert torch.equal(output[:2], local[:2])
+    assert not torch.isclose(output[2:, 4:], local[2:, 4:]).any()
+
+
 @given(st.data(), cases())
 def test_rows_are_independent(backend: str, data: st.DataObject, case: Case) -> None:
     pieces = data.draw(splits(case))

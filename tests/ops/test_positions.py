@@ -1,5 +1,7 @@
 """segment_positions: where local position embeddings restart."""
 
+from itertools import chain
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,6 +56,6 @@ def test_packed_documents_count_for_themselves(documents: list[tuple[int, int]],
     settings = {"segment_length": segment_length, "cu_seqlens": ends}
     rows = counted([[True] * length for length in lengths], opened, segment_length)
     positions = segment_positions(sum(lengths), open_lengths=torch.tensor(opened), **settings)
-    assert positions.tolist() == [sum(rows, [])]
+    assert positions.tolist() == [list(chain(*rows))]
     if not any(opened):
         assert torch.equal(segment_positions(sum(lengths), **settings), positions)

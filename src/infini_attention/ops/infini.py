@@ -128,9 +128,7 @@ def infini_attention(
         softcap=softcap,
     )
     inputs = Inputs(query, key, value, local_query, local_key, gate, segment_weights)
-    with torch.autocast(
-        query.device.type, enabled=False
-    ):  # the memory keeps its precision under autocast too
+    with torch.autocast(query.device.type, enabled=False):  # or M and z would lose their precision to it
         return _backend(backend, query, value)(inputs, layout, state, options)
 
 
