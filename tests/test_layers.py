@@ -113,6 +113,7 @@ def test_packed_documents_equal_separate_ones() -> None:
         ({"hidden_size": 30, "heads": 4}, "30 is not a multiple of heads 4; give head_dim"),
         ({"hidden_size": 32, "heads": 4, "kv_heads": 3}, "heads 4 is not a multiple of kv_heads 3"),
         ({"hidden_size": 12, "heads": 4}, "head_dim 3 is odd"),
+        ({"hidden_size": 32, "heads": 0}, "heads is 0 and kv_heads 0; give at least 1 of each"),
     ],
 )
 def test_sizes_that_do_not_divide_are_refused(sizes: dict[str, int], words: str) -> None:

@@ -64,6 +64,8 @@ def stream(
     from infini_attention.evaluation.stream import stream as read
 
     logging.disable_progress_bar()  # of loading; reading has its own
+    if plot is not None:
+        show.require_matplotlib()  # before the reading, not after it
     report = read(
         text,
         model=model,

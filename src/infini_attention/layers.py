@@ -86,6 +86,8 @@ class InfiniAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
+        if heads < 1 or kv_heads < 1:
+            raise ValueError(f"heads is {heads} and kv_heads {kv_heads}; give at least 1 of each")
         if head_dim is None and hidden_size % heads:
             raise ValueError(f"hidden_size {hidden_size} is not a multiple of heads {heads}; give head_dim")
         if heads % kv_heads:

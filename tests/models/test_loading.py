@@ -77,3 +77,8 @@ def test_a_real_model_reads_and_writes_as_before():
     assert torch.equal(infini(**tokens).logits, model(**tokens).logits)
     following = infini(**tokens).logits[0, -1].argmax()
     assert tokenizer.decode(following).strip() == "Paris"
+
+
+def test_a_name_that_cannot_be_loaded_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nothing-here' is neither a folder with a model nor a name"):
+        load_model(tmp_path / "nothing-here")

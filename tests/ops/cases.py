@@ -17,7 +17,7 @@ from torch import Tensor
 
 from infini_attention.ops import MemoryState, feature_maps, infini_attention
 
-LAYOUTS = ("right", "left", "holes", "packed")
+LAYOUTS = ("none", "right", "left", "holes", "packed")
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 STATE_FIELDS = ("memory", "normalizer", "pending_memory", "pending_normalizer", "local_key", "local_value")
 MAPS = feature_maps.names()
@@ -129,8 +129,10 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
     longest = 4 * segment_length + 2
     update_rule = fixed.get("update_rule", draw(st.sampled_from(["linear", "delta"])))
     maps = [name for name in MAPS if feature_maps.get(name).nonnegative or update_rule == "linear"]
+    lengths = st.lists(st.integers(0, longest), min_size=1, max_size=3)
+    alike = st.builds(lambda length, rows: [length] * rows, st.integers(0, longest), st.integers(1, 3))
     drawn = {
-        "lengths": draw(st.lists(st.integers(0, longest), min_size=1, max_size=3)),
+        "lengths": draw(lengths | alike),
         "seed": draw(st.integers(0, 2**20)),
         "kv_heads": draw(st.integers(1, 2)),
         "group": draw(st.integers(1, 3)),
@@ -164,7 +166,7 @@ def run(
     *,
     backend: str,
     pieces: Sequence[Sequence[int]] | None = None,
-    layouts: Sequence[str] = ("right",),
+    layouts: Sequence[str] = ("none",),
     state: MemoryState | None = None,
 ) -> tuple[list[Tensor], MemoryState]:
     """Each row's output (heads, length, value_dim) and the state after all `pieces`, on `backend`.
@@ -202,8 +204,8 @@ def lay_out(
 ) -> tuple[dict[str, Any], list[tuple[int, Tensor]]]:
     """Rows as arguments of `infini_attention`, and where each row's tokens stand: (batch index, positions).
 
-    "none" takes rows of one length and adds nothing; "right" and "left" pad, "holes" strews padding among
-    the tokens, "packed" lines the rows up in a batch of one.
+    "none" adds nothing but what shorter rows need, and no mask where there are none; "right" and "left" pad,
+    "holes" strews padding among the tokens, "packed" lines the rows up in a batch of one.
     """
     generator = torch.Generator().manual_seed(seed)
     counts = [row.length for row in rows]
@@ -220,7 +222,7 @@ def lay_out(
         mask = torch.zeros(batch, width, dtype=torch.bool, device=device)
         for index, positions in places:
             mask[index, positions] = True
-        if layout != "none":
+        if not mask.all():
             masks["padding_mask"] = mask
     tensors = {}
     for name in TOKEN_FIELDS:

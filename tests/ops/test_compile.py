@@ -14,8 +14,7 @@ needs_compiler = pytest.mark.skipif(
 
 
 @needs_compiler
-@pytest.mark.parametrize("length", [64, 50], ids=["whole-segments", "open-segment"])
-@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+@pytest.mark.parametrize(("update_rule", "length"), [("linear", 64), ("delta", 50)])
 def test_a_compiled_call_equals_an_eager_one(update_rule: str, length: int) -> None:
     def function(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
         settings = {"segment_length": 16, "update_rule": update_rule, "backend": "parallel"}

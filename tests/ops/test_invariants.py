@@ -93,7 +93,7 @@ def test_at_most_one_segment_is_ordinary_attention_bit_for_bit(
 
 
 def test_a_memory_is_empty_for_its_own_group_of_heads_only(backend: str) -> None:
-    """Keys of one key/value head leave nothing there with relu2: its query heads attend locally, un-shrunk."""
+    """Keys of one key/value head leave nothing there with relu2: its query heads attend locally alone."""
     case = make_case([12], segment_length=4, update_rule="linear", feature_map="relu2")
     (row,) = case.rows
     key = torch.stack([-row.key[0].abs(), row.key[1].abs()])

@@ -152,6 +152,7 @@ def _draw_loss(axes: "Axes", report: StreamReport) -> None:
         axes.plot(ends, losses, color=colour, linewidth=0.7, alpha=0.3)
         axes.plot(ends, _smooth(losses), color=colour, linewidth=2, label=label)
     axes.set(ylabel="loss, nats a token", title="Loss by position")
+    axes.margins(y=0.15)
     axes.legend(frameon=False, ncols=2, loc="upper right")
     _tidy(axes)
 

@@ -24,13 +24,19 @@ def load_model(name_or_path: str | PathLike[str], *, dtype: torch.dtype | None =
         dtype: of the weights; default that of the checkpoint.
 
     Raises:
-        ValueError: the package behind an alias is missing (the text holds the pip command), or a GGUF
-            file is not there.
+        ValueError: there is no such model, or the package behind an alias is missing (the text holds the pip
+            command).
     """
     place = _resolve(name_or_path)
     if place.endswith(".gguf"):
         return _load_gguf(Path(place), dtype)
-    return AutoModelForCausalLM.from_pretrained(place, dtype="auto" if dtype is None else dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(place, dtype="auto" if dtype is None else dtype)
+    except OSError as error:
+        raise ValueError(
+            f"model {place!r} is neither a folder with a model nor a name that can be loaded; give one, a "
+            f"GGUF file or the alias {SMOLLM2!r} ({error})"
+        ) from error
 
 
 def load_tokenizer(name_or_path: str | PathLike[str]) -> Any:

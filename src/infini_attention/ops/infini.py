@@ -106,7 +106,16 @@ def infini_attention(
         _check_state(state, rows, key, value, sigma, segment_length)
         open_lengths = state.open_length.tolist()
     if check_finite:
-        _check_finite(query=query, key=key, value=value, gate=gate, memory=state.memory)
+        tokens = {
+            "query": query,
+            "key": key,
+            "value": value,
+            "local_query": local_query,
+            "local_key": local_key,
+        }
+        _check_finite({name: _without_padding(x, padding_mask) for name, x in tokens.items()})
+        fields = {name: x for name, x in vars(state).items() if name not in ("length", "segment_length")}
+        _check_finite({"gate": gate} | fields)
 
     layout = plan(
         query.shape[0],
@@ -208,6 +217,8 @@ def _check_shapes(
             f"value has shape {tuple(value.shape)}; its first three sizes must be those of key, "
             f"{tuple(key.shape[:3])}"
         )
+    if batch == 0:
+        raise ValueError(f"query has shape {tuple(query.shape)}, a batch of no rows; leave out the call")
     if heads == 0 or kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query has {heads} heads and key {kv_heads}; heads must be a multiple of kv_heads")
     for name, local, plain in (("local_query", local_query, query), ("local_key", local_key, key)):
@@ -298,13 +309,18 @@ def _check_state(
         )
 
 
-def _check_finite(**tensors: Tensor) -> None:
+def _check_finite(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise ValueError(
                 f"{name} holds {bad} values that are NaN or infinite; look for where they were made"
             )
+
+
+def _without_padding(x: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """Tokens with zeros in place of padding, which nobody sees."""
+    return x if padding_mask is None else x.masked_fill(~padding_mask[:, None, :, None], 0)
 
 
 def _checked_weights(weights: Tensor, layout: Layout, state: MemoryState) -> Tensor:

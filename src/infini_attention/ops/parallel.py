@@ -200,4 +200,4 @@ def _mix(inputs: Inputs, local: Tensor, memory: Tensor, normalizer: Tensor, opti
     if options.empty_memory == "local":
         empty = is_empty(normalizer).repeat_interleave(heads // memory.shape[1], dim=1)
         share = torch.where(empty[..., None, None], 0, share)
-    return (share * from_memory + (1 - share) * local.to(memory.dtype)).to(inputs.query.dtype)
+    return torch.lerp(local.to(memory.dtype), from_memory, share).to(inputs.query.dtype)
