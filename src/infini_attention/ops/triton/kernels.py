@@ -91,10 +91,10 @@ def _matrix(pointer, rows, columns, ROWS, COLUMNS):
 
 
 @triton.jit
-def _reciprocal(product, empty):
-    """1 / (sigma(X) z), the product kept off zero; 0 where the memory is empty."""
-    floored = tl.where(tl.abs(product) < FLOOR, FLOOR, product)
-    return tl.where(empty, 0.0, 1 / floored)
+def _reciprocal(product):
+    """1 / (sigma(X) z), or 0 where nothing like X is stored; `ops.state.denominator` is its inverse."""
+    nothing = tl.abs(product) < FLOOR
+    return tl.where(nothing, 0.0, 1 / tl.where(nothing, 1.0, product))
 
 
 @triton.jit
@@ -210,11 +210,6 @@ def removal_kernel(
     columns = tl.program_id(2) * BLOCK_F + tl.arange(0, BLOCK_F)
     tiles = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS)
     z = tl.load(normalizer + rows, mask=rows < F, other=0.0)
-    largest = tl.max(tl.abs(z), axis=0)
-    for block in tl.static_range(1, BLOCKS_F):
-        others = (rows + block * BLOCK_F) % (BLOCKS_F * BLOCK_F)
-        other_z = tl.load(normalizer + others, mask=others < F, other=0.0)
-        largest = tl.maximum(largest, tl.max(tl.abs(other_z), axis=0))
     removal = tl.zeros((BLOCK_F, BLOCK_F), tl.float32)
     for step in tl.range(0, tiles, num_stages=STAGES):
         tokens = (split * tiles + step) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -227,7 +222,7 @@ def removal_kernel(
             x = _tile(key, stride_n, tokens, others, N, F, FULL)
             other_phi = _mapped(x, tokens, others, N, F, MAP, OPERAND, FULL)
             product += tl.sum(other_phi.to(tl.float32) * other_z[None, :], axis=1)
-        reciprocal = _reciprocal(product, largest == 0)
+        reciprocal = _reciprocal(product)
         if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
             tl.store(reciprocal_GHN + run_head * N + tokens, reciprocal, mask=tokens < N)
         root = tl.sqrt(reciprocal)[:, None]
@@ -429,7 +424,7 @@ def mix_kernel(
         share = tl.sigmoid(tl.load(gate_Q + head))
         if not GATED:
             share = tl.where(empty, 0.0, share)
-        scale = share * _reciprocal(product, empty)
+        scale = share * _reciprocal(product)
         mixed = numerator * scale[:, None] + (1 - share) * from_local.to(tl.float32)
         output = output_GQNV + g * output_stride_g + head * output_stride_h
         _store_tile(output, output_stride_n, tokens, columns, N, V, mixed, FULL)
@@ -514,7 +509,7 @@ def mix_backward_kernel(
 
         P = tl.dot(gradient.to(OPERAND), tl.trans(M), input_precision=PRECISION)
         phi = _mapped(x, tokens, rows, N, F, MAP, OPERAND, FULL).to(tl.float32)
-        reciprocal = _reciprocal(tl.sum(phi * z[None, :], axis=1), empty)
+        reciprocal = _reciprocal(tl.sum(phi * z[None, :], axis=1))
         read_products = reciprocal * tl.sum(phi * P, axis=1)
         scale = share * reciprocal
         denominator_grad = -scale * read_products

@@ -88,7 +88,7 @@ def wide_mix_backward_kernel(
         product += tl.sum(phi.to(tl.float32) * z[None, :], axis=1)
         largest = tl.maximum(largest, tl.max(tl.abs(z), axis=0))
     empty = largest == 0
-    reciprocal = _reciprocal(product, empty)
+    reciprocal = _reciprocal(product)
     share = tl.sigmoid(tl.load(gate_Q + head))
     if not GATED:
         share = tl.where(empty, 0.0, share)
