@@ -4,13 +4,15 @@
     python benchmarks/ops_gpu.py --part training
 
 Shapes, operations and bytes are printed from the code. The floor of every ratio is segment-local attention
-alone, SDPA with the cuDNN backend and the segments as batch, measured before and after the rows that are
-compared with it, in one process. Times are medians of `triton.testing.do_bench`; forward+backward also as
-the replay of a CUDA graph, which leaves out what the CPU needs to launch kernels. Nothing is timed before the
-fused kernels' outputs and gradients agree with the reference in fp64. The last line printed is JSON.
+alone, SDPA with the cuDNN backend and the segments as batch: the mean of one measurement before and one after
+the rows that are compared with it, in one process. Times are medians of `triton.testing.do_bench`; ours and
+the floor, up to 128K tokens, also as the replay of a CUDA graph, which leaves out what the CPU needs to
+launch kernels. Nothing is timed before the fused kernels agree with the reference in fp64: outputs in
+training and in inference, and gradients. The last line printed is JSON.
 """
 
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -29,10 +31,12 @@ from triton.testing import do_bench
 from infini_attention.ops import infini_attention
 
 N = 2048
-SHAPES = {"8/8 x 128": (8, 8, 128), "32/8 x 128": (32, 8, 128), "9/3 x 64": (9, 3, 64)}
-PAPER = "8/8 x 128"
+SHAPES = {"8/8x128": (8, 8, 128), "32/8x128": (32, 8, 128), "9/3x64": (9, 3, 64)}
+PAPER = "8/8x128"
 LENGTHS = {"32K": 2**15, "128K": 2**17, "1M": 2**20}
 TOLERANCE = 2e-2  # of bf16 results against fp64, in the norm
+FLOOR = "local alone (floor)"
+MEMORY = {FLOOR: 0, "infini linear": 2, "infini delta": 3}  # products of a token with a d x d matrix, forward
 
 Tensors = dict[str, Tensor]
 Row = dict[str, Any]
@@ -47,7 +51,7 @@ def main(
 
     Args:
         part: which rows.
-        shapes: query and key/value heads and their size, of those listed in the code.
+        shapes: query and key/value heads and their size, of those listed in the code: `'[9/3x64]'`.
         seconds: how long each is repeated; at least once.
     """
     torch.manual_seed(0)
@@ -60,7 +64,7 @@ def main(
     if part in ("all", "peers"):
         rows += peers(seconds)
     report = {"benchmark": "ops_gpu", "segment_length": N, "dtype": "bfloat16", "rows": rows, **environment()}
-    Console(width=130).print(table(rows))
+    Console(width=150).print(table(rows))
     print(json.dumps(report))
 
 
@@ -92,14 +96,12 @@ def inference(shapes: list[str], seconds: float) -> list[Row]:
                 continue
             tensors = inputs(length, *SHAPES[shape])
             with torch.no_grad():
-                floor = floor_row(shape, name, tensors, seconds, "forward")
-                rows.append(floor)
+                group = [floor_row(shape, name, tensors, seconds, "forward")]
                 for update_rule in ("linear", "delta"):
                     call = ours(tensors, update_rule)
-                    rows.append(
-                        measured(f"infini {update_rule}", shape, name, "forward", call, floor, seconds)
-                    )
-                rows.append(floor_row(shape, name, tensors, seconds, "forward"))
+                    group.append(measured(f"infini {update_rule}", shape, name, "forward", call, seconds))
+                group.append(floor_row(shape, name, tensors, seconds, "forward"))
+            rows += with_ratios(group)
     return rows
 
 
@@ -109,14 +111,13 @@ def training(shapes: list[str], seconds: float) -> list[Row]:
     for shape in shapes:
         for name in ("32K", "128K"):
             tensors = inputs(LENGTHS[name], *SHAPES[shape])
-            floor = floor_row(shape, name, tensors, seconds, "forward+backward")
-            rows.append(floor)
+            group = [floor_row(shape, name, tensors, seconds, "forward+backward")]
             for update_rule in ("linear", "delta"):
                 step = backward_of(ours(tensors, update_rule), list(tensors.values()))
-                rows.append(
-                    measured(f"infini {update_rule}", shape, name, "forward+backward", step, floor, seconds)
-                )
-            rows.append(floor_row(shape, name, tensors, seconds, "forward+backward"))
+                label = f"infini {update_rule}"
+                group.append(measured(label, shape, name, "forward+backward", step, seconds))
+            group.append(floor_row(shape, name, tensors, seconds, "forward+backward"))
+            rows += with_ratios(group)
     return rows
 
 
@@ -134,15 +135,14 @@ def peers(seconds: float) -> list[Row]:
 
 def compared(name: str, tensors: Tensors, what: str, seconds: float) -> list[Row]:
     """The floor and every contender; one that fails is named with its error and left out."""
-    floor = floor_row(PAPER, name, tensors, seconds, what)
-    rows = [floor]
+    rows = [floor_row(PAPER, name, tensors, seconds, what)]
     for label, call in contenders(name, tensors).items():
         try:
             step = call if what == "forward" else backward_of(call, list(tensors.values()))
-            rows.append(measured(label, PAPER, name, what, step, floor, seconds))
+            rows.append(measured(label, PAPER, name, what, step, seconds))
         except Exception as error:
             print(f"{label}, {name}, {what}: {type(error).__name__}: {str(error)[:200]}")
-    return rows
+    return with_ratios([*rows, floor_row(PAPER, name, tensors, seconds, what)])
 
 
 def contenders(name: str, tensors: Tensors) -> dict[str, Callable[[], Tensor]]:
@@ -192,10 +192,14 @@ def linear_attention(tensors: Tensors) -> dict[str, Callable[[], Tensor]]:
     if find_spec("fla") is None:
         print("flash-linear-attention is not installed: pip install fla-core")
         return {}
-    from fla.ops.linear_attn import chunk_linear_attn
-
     q, k, v = (tensors[name].transpose(1, 2) for name in ("query", "key", "value"))
-    return {"fla chunk_linear_attn": lambda: chunk_linear_attn(q, k, v, normalize=False)[0]}
+
+    def call() -> Tensor:
+        from fla.ops.linear_attn import chunk_linear_attn
+
+        return chunk_linear_attn(q, k, v, normalize=False)[0]
+
+    return {"fla chunk_linear_attn": call}
 
 
 def peer_layer(tensors: Tensors) -> dict[str, Callable[[], Tensor]]:
@@ -236,10 +240,13 @@ def ours(tensors: Tensors, update_rule: str, backend: str = "triton") -> Callabl
 
 
 def gradients(tensors: Tensors, **settings: Any) -> list[Tensor]:
+    """The output without gradients and with them, and every gradient."""
+    with torch.no_grad():
+        inferred, _ = infini_attention(**tensors, **settings)
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     output, state = infini_attention(**leaves, **settings)
     total = output.double().square().sum() + state.memory.double().sum()
-    return [output, *torch.autograd.grad(total, list(leaves.values()))]
+    return [inferred, output, *torch.autograd.grad(total, list(leaves.values()))]
 
 
 def segments(x: Tensor) -> Tensor:
@@ -256,9 +263,9 @@ def floor_row(shape: str, name: str, tensors: Tensors, seconds: float, what: str
             )
 
     if what == "forward":
-        return measured("local alone (floor)", shape, name, what, local, None, seconds)
+        return measured(FLOOR, shape, name, what, local, seconds)
     used = [tensors[name] for name in ("local_query", "local_key", "value")]
-    return measured("local alone (floor)", shape, name, what, backward_of(local, used), None, seconds)
+    return measured(FLOOR, shape, name, what, backward_of(local, used), seconds)
 
 
 def backward_of(call: Callable[[], Tensor], tensors: list[Tensor]) -> Callable[[], Any]:
@@ -266,10 +273,8 @@ def backward_of(call: Callable[[], Tensor], tensors: list[Tensor]) -> Callable[[
     return lambda: torch.autograd.grad(call(), tensors, gradient, allow_unused=True)
 
 
-def measured(
-    label: str, shape: str, name: str, what: str, call: Callable[[], Any], floor: Row | None, seconds: float
-) -> Row:
-    """Milliseconds, peak memory beyond what was there, and the ratios to the floor."""
+def measured(label: str, shape: str, name: str, what: str, call: Callable[[], Any], seconds: float) -> Row:
+    """Milliseconds, peak memory beyond what was there, and what formulas say."""
     call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -278,25 +283,35 @@ def measured(
     extra = torch.cuda.max_memory_allocated() - before
     eager = once * 1e3 if once > 1 else do_bench(call, 25, 1000 * seconds, return_mode="median")
     row = {"system": label, "heads": shape, "length": name, "pass": what, "ms": eager, "extra_bytes": extra}
-    if what != "forward" and ("infini l" in label or "infini d" in label or floor is None):
+    if label in MEMORY and name != "1M":
         row["graph_ms"] = do_bench(captured(call).replay, 25, 1000 * seconds, return_mode="median")
     row |= formulas(label, shape, name, what)
     if "flop" in row:
         row["tflops"] = row["flop"] / row.get("graph_ms", eager) / 1e9
-    if floor is not None:
-        row["ratio"] = eager / floor["ms"]
-        row["memory_ratio"] = extra / floor["extra_bytes"]
-        if "graph_ms" in row:
-            row["graph_ratio"] = row["graph_ms"] / floor["graph_ms"]
     print(row, file=sys.stderr, flush=True)
     return row
 
 
+def with_ratios(rows: list[Row]) -> list[Row]:
+    """`rows` with their ratios to the mean of the floors among them."""
+    floors = [row for row in rows if row["system"] == FLOOR]
+    for row in rows:
+        for key, ratio in (("ms", "ratio"), ("graph_ms", "graph_ratio"), ("extra_bytes", "memory_ratio")):
+            if row["system"] != FLOOR and key in row:
+                row[ratio] = row[key] / statistics.mean(floor[key] for floor in floors)
+    return rows
+
+
 def formulas(label: str, shape: str, name: str, what: str) -> Row:
-    """Operations, and the fewest bytes: 2d(N + 2d), 2d(N + 3d) or 2dN a token and head; backward 2.5 x."""
+    """Operations, 2d(N + 2d), 2d(N + 3d) or 2dN a token and head, and bytes of the tensors of tokens.
+
+    Bytes count what goes through device memory where local attention is a kernel of its own: q, k, v and the
+    output for attention; for the memory also k, v, q and local attention's output once more, and the output.
+    The backward pass is taken as 2.5 times the operations and twice the bytes.
+    """
     heads, kv_heads, d = SHAPES[shape]
     length = LENGTHS[name]
-    memory = {"infini linear": 2, "infini delta": 3, "local alone (floor)": 0}.get(label)
+    memory = MEMORY.get(label)
     if label.startswith("full"):
         flop = 2 * d * length * length * heads
     elif memory is None:
@@ -307,7 +322,7 @@ def formulas(label: str, shape: str, name: str, what: str) -> Row:
         (2 * heads + 2 * kv_heads) if memory == 0 or label.startswith("full") else (5 * heads + 4 * kv_heads)
     )
     factor = 1 if what == "forward" else 3.5
-    return {"flop": factor * flop, "least_bytes": tensors * length * d * 2 * (1 if what == "forward" else 3)}
+    return {"flop": factor * flop, "bytes": tensors * length * d * 2 * (1 if what == "forward" else 3)}
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
@@ -342,14 +357,16 @@ def table(rows: list[Row]) -> Table:
         "x floor",
         "graph ms",
         "x floor",
+        "TFLOP",
         "TFLOP/s",
+        "GB",
         "extra MB",
         "x floor",
     )
     result = Table(*columns, title=f"bf16, batch 1, N = {N}; floor: segment-local attention alone, cuDNN")
-    keys = ("ms", "ratio", "graph_ms", "graph_ratio", "tflops")
+    keys = {"ms": 1, "ratio": 1, "graph_ms": 1, "graph_ratio": 1, "flop": 1e12, "tflops": 1, "bytes": 1e9}
     for row in rows:
-        figures = [f"{row[key]:.3f}" if key in row else "" for key in keys]
+        figures = [f"{row[key] / unit:.3f}" if key in row else "" for key, unit in keys.items()]
         memory = [
             f"{row['extra_bytes'] / 1e6:.0f}",
             f"{row['memory_ratio']:.2f}" if "memory_ratio" in row else "",

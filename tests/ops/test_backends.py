@@ -2,6 +2,7 @@
 
 import warnings
 from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,3 +78,20 @@ def test_the_slower_path_is_announced_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         infini._warn_once("triton is old")
+
+
+def test_auto_on_a_gpu_that_cannot_warns_exactly_once() -> None:
+    """Through the choice that every call makes; tensors on a GPU are only described here."""
+    tensor = SimpleNamespace(device=GPU, dtype=torch.float64, shape=(1, 2, 8, 4), is_cuda=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chosen = [infini._backend("auto", tensor, tensor) for _ in range(3)]
+    assert [backend.__name__ for backend in chosen] == ["parallel"] * 3
+    assert ["no torch.float64" in str(warning.message) for warning in caught] == [True]
+
+
+def test_auto_on_a_cpu_says_nothing() -> None:
+    tensors = torch.randn(3, 1, 2, 8, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        infini_attention(*tensors, torch.zeros(2), segment_length=4)

@@ -10,8 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from .cases import LAYOUTS, assert_equal, assert_states_equal, make_case, run, scalar
+from .cases import (
+    LAYOUTS,
+    STATE_FIELDS,
+    TOKEN_FIELDS,
+    assert_equal,
+    assert_states_equal,
+    make_case,
+    run,
+    scalar,
+)
 from .test_parallel import random_fields, state_of
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -32,8 +42,8 @@ def check(
         leaves = case.to(dtype).leaves()
         leaves = replace(leaves, rows=[replace(row, weights=_detached(row.weights)) for row in leaves.rows])
         tensors = [
-            tensor for row in leaves.rows for tensor in (row.query, row.key, row.value, row.local_query)
-        ]
+            getattr(row, name) for row in leaves.rows for name in TOKEN_FIELDS
+        ]  # not the segments' weights: the kernels give them no gradient
         tensors.append(leaves.gate)
         state = None
         if open_lengths is not None:
@@ -47,7 +57,7 @@ def check(
     (outputs, state, gradients), (expected, expected_state, expected_gradients) = results
     for actual, wanted in zip(outputs, expected, strict=True):
         assert_equal(actual, wanted, tolerance=TOLERANCE)
-    for name in ("memory", "normalizer", "pending_memory", "pending_normalizer"):
+    for name in STATE_FIELDS:
         assert_equal(getattr(state, name), getattr(expected_state, name), tolerance=TOLERANCE, what=name)
     assert state.length.tolist() == expected_state.length.tolist()
     for actual, wanted in zip(gradients, expected_gradients, strict=True):
@@ -150,6 +160,59 @@ def test_weights_that_ask_for_a_gradient_are_refused() -> None:
         run(case.to(torch.float32).leaves(), backend="triton")
 
 
+@pytest.mark.parametrize("delta", [False, True])
+def test_operators_are_what_their_fakes_say(delta: bool) -> None:
+    """Shapes, dtypes and strides under fake tensors, of inputs as projections make them."""
+    from infini_attention.ops.triton import memory
+
+    def tokens(heads: int, width: int) -> Tensor:
+        return torch.randn(3, 16, heads, width).transpose(1, 2)
+
+    key, value, weights = tokens(2, 24), tokens(2, 20), torch.rand(3)
+    start = torch.randn(2, 2, 24, 20), torch.rand(2, 2, 24)
+    settings = [2, 1], "elu1", delta
+    written = key, value, weights, *start, *settings
+    torch.library.opcheck(memory.segment_states.op, written)
+    *states, removal, reciprocal = memory.segment_states(*written)
+    gradients = [torch.randn_like(tensor) for tensor in (value, *states)]
+    kept = key, value, weights, *states[:2], removal, reciprocal, *settings
+    torch.library.opcheck(memory.segment_states_backward.op, (*gradients, *kept))
+    if not delta:  # reading knows no rule
+        read = tokens(4, 24), tokens(4, 20), torch.randn(4), *states[:2], "elu1", False
+        torch.library.opcheck(memory.mix.op, read)
+        torch.library.opcheck(memory.mix_backward.op, (tokens(4, 20), *read))
+
+
+@pytest.mark.parametrize(("update_rule", "head_dim"), [("linear", 16), ("delta", 16), ("delta", 160)])
+def test_what_the_memory_has_nothing_for_reads_as_nothing(update_rule: str, head_dim: int) -> None:
+    """Queries on features that no key ever had, over a memory that is not empty: finite, gradients too."""
+    case = make_case(
+        [32],
+        kv_heads=1,
+        head_dim=head_dim,
+        value_dim=16,
+        segment_length=16,
+        update_rule=update_rule,
+        feature_map="relu2",
+    )
+    (row,), half = case.rows, head_dim // 2
+    row.query[..., :half].abs_().neg_()
+    row.key[..., half:].abs_().neg_()
+    fields = random_fields(case, [0], seed=1)
+    fields["normalizer"].data[..., half:] = 0
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = case.to(dtype).leaves()
+        started = {name: field.detach().to(dtype).requires_grad_() for name, field in fields.items()}
+        state = state_of(started, [0], segment_length=16)
+        (output,), last = run(leaves, backend=backend, state=state)
+        tensors = [getattr(leaves.rows[0], name) for name in TOKEN_FIELDS]
+        tensors += [leaves.gate, started["memory"], started["normalizer"]]
+        results.append([output, last.memory, *torch.autograd.grad(scalar([output], last), tensors)])
+    for actual, wanted in zip(*results, strict=True):
+        assert_equal(actual, wanted, tolerance=10 * TOLERANCE)
+
+
 def test_torch_compile_sees_one_graph() -> None:
     case = make_case([64], head_dim=16, value_dim=16, segment_length=16, update_rule="delta").to(
         torch.float32
@@ -157,9 +220,7 @@ def test_torch_compile_sees_one_graph() -> None:
     eager = case.leaves()
     (row,) = eager.rows
 
-    def function(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor
-    ) -> torch.Tensor:
+    def function(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
         from infini_attention.ops import infini_attention
 
         settings = {"segment_length": 16, "update_rule": "delta", "backend": "triton"}
@@ -175,3 +236,6 @@ def test_torch_compile_sees_one_graph() -> None:
         strict=True,
     ):
         assert_equal(compiled, wanted, tolerance=1e-6, what="gradient")
+    with torch.no_grad():  # compiled, the mixture does not take the place of local attention's output
+        inferred = torch.compile(function, fullgraph=True, backend="aot_eager")(*tensors)
+    assert_equal(inferred, expected, tolerance=1e-6)
