@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
 from infini_attention.ops.triton import memory  # needs triton
 
 pytestmark = pytest.mark.gpu
+SMALLEST_SHARED_MEMORY = 101_376  # bytes a program has on consumer GPUs of compute capability 8.6 and later
 RULES = ("linear", "delta")
 Tensors = dict[str, Tensor]
 
@@ -161,6 +162,33 @@ def test_every_tile_gives_the_same(tokens: int, warps: int, monkeypatch: pytest.
                 changed.setattr(memory, "TILES", tiles)
                 ours = results(infini_attention, tensors, backend="triton", **settings)
             assert_calibrated(ours, results(plain, tensors, **settings), truth(tensors, **settings))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_smaller_gpus_have_room_for_their_tiles(
+    dtype: torch.dtype, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_shared_memory", lambda _: SMALLEST_SHARED_MEMORY)
+    kernels = {
+        name: kernel
+        for module in (memory.kernels, memory.wide)
+        for name, kernel in vars(module).items()
+        if name.endswith("_kernel")
+    }
+    for kernel in kernels.values():
+        kernel.device_caches.clear()
+    tensors = inputs(512, head_dim=head_dim, dtype=dtype)
+    for update_rule in RULES:
+        settings = {"segment_length": 128, "update_rule": update_rule, "feature_map": "elu1"}
+        ours = results(infini_attention, tensors, backend="triton", **settings)
+        assert_calibrated(ours, results(plain, tensors, **settings), truth(tensors, **settings))
+    needed = {
+        name: max((compiled.metadata.shared for compiled in cache[0].values()), default=0)
+        for name, kernel in kernels.items()
+        for cache in kernel.device_caches.values()
+    }
+    assert max(needed.values()) <= SMALLEST_SHARED_MEMORY, needed
 
 
 @pytest.mark.parametrize("update_rule", RULES)

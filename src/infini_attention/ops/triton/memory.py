@@ -37,6 +37,8 @@ TILES = {  # the fastest of those tried on an H100, N = 2048, heads of 128
     "write_backward_delta": Tile(64, 8, 2),
     "wide": Tile(32, 8, 1),
 }
+SMALL_TILE = Tile(32, 4, 1)  # where a program has less shared memory than the tiles above were chosen for
+SHARED_MEMORY = 220_000  # bytes a program has on the data-centre GPUs since Hopper
 SCAN_BLOCK, SCAN_WARPS = 512, 4  # elements of the state a program of the linear scan carries
 DELTA_COLUMNS, DELTA_WARPS, DELTA_STAGES = 16, 8, 2  # columns of M a program of the delta scan carries
 
@@ -318,7 +320,7 @@ def mix_backward(
     """Gradients of query, local, gate, memory and normalizer of `mix`."""
     runs, heads, tokens, features = query.shape
     kv_heads, values = memory.shape[1], local.shape[-1]
-    is_wide = max(features, values) > MAX_BLOCK
+    is_wide = _is_wide(query.dtype, features, values)
     grad_query, grad_local = torch.empty_like(query), torch.empty_like(local)
     grad_share, scale, denominator_grad = gate.new_empty(3, runs, heads, tokens).unbind()
     tensors = (
@@ -421,9 +423,12 @@ class Cut(NamedTuple):
 def _cut(kernel: str, like: Tensor, features: int, values: int, pairs: int) -> Cut:
     """How `kernel` is laid over `pairs` of run and head, for tokens like `like`, (runs, heads, N, dim).
 
-    Tiles of 4 bytes an element fill shared memory sooner, so they are shorter and not pipelined.
+    Tiles of 4 bytes an element, and of several blocks of a head dimension, fill shared memory sooner: the
+    first are shorter and neither is pipelined.
     """
-    tile, tokens, narrow = TILES[kernel], like.shape[2], like.dtype == torch.bfloat16
+    tokens, narrow = like.shape[2], like.dtype == torch.bfloat16
+    tile = TILES[kernel] if _shared_memory(like.device) >= SHARED_MEMORY else SMALL_TILE
+    pipelined = narrow and max(features, values) <= MAX_BLOCK
     block_n = min(tile.tokens if narrow else 32, _power(tokens))
     tiles = -(-tokens // block_n)
     splits = -(-tiles // -(-tiles // max(1, min(FILL // pairs, tiles))))  # no split is left without tiles
@@ -436,10 +441,23 @@ def _cut(kernel: str, like: Tensor, features: int, values: int, pairs: int) -> C
         and values == _block(values),
         "BLOCK_N": block_n,
         "BLOCK_F": _block(features),
-        "STAGES": tile.stages if narrow else 1,
+        "STAGES": tile.stages if pipelined else 1,
         "num_warps": tile.warps,
     }
     return Cut(pairs * splits, splits, options)
+
+
+def _is_wide(dtype: torch.dtype, features: int, values: int) -> bool:
+    """Whether a backward kernel's matrices leave no room beside them, so that it must go block by block."""
+    return max(features, values) > (MAX_BLOCK if dtype != torch.float32 else MAX_BLOCK // 2)
+
+
+@lru_cache(maxsize=16)
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory a program may have."""
+    if device.type != "cuda":  # Triton's interpreter
+        return SHARED_MEMORY
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def _operand(dtype: torch.dtype) -> tuple[tl.dtype, str]:
@@ -630,7 +648,7 @@ def _write_backward(
 ) -> tuple[Tensor, Tensor]:
     runs, heads, tokens, features = key.shape
     values = value.shape[-1]
-    is_wide = max(features, values) > MAX_BLOCK
+    is_wide = _is_wide(key.dtype, features, values)
     kernel = "wide" if is_wide else "write_backward_delta" if delta else "write_backward"
     cut = _cut(kernel, key, features, values, runs * heads)
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)

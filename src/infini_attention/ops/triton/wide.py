@@ -1,4 +1,4 @@
-"""Gradients for heads wider than a block (head_dim over 128): a tile a program, matrices block by block.
+"""Gradients for heads too wide for `kernels` (head_dim over 128, in fp32 over 64): matrices block by block.
 
 Names and conventions are those of `kernels`; these trade passes over the tiles for registers.
 """
