@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 from infini_attention.ops.triton import memory  # needs triton
 
 pytestmark = pytest.mark.gpu
-SMALLEST_SHARED_MEMORY = 101_376  # bytes a program has on consumer GPUs of compute capability 8.6 and later
+LEAST_SHARED = 101_376  # bytes of shared memory a program has on consumer GPUs
 RULES = ("linear", "delta")
 Tensors = dict[str, Tensor]
 
@@ -169,7 +169,7 @@ def test_every_tile_gives_the_same(tokens: int, warps: int, monkeypatch: pytest.
 def test_smaller_gpus_have_room_for_their_tiles(
     dtype: torch.dtype, head_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "_shared_memory", lambda _: SMALLEST_SHARED_MEMORY)
+    monkeypatch.setattr(memory, "_shared_memory", lambda _: LEAST_SHARED)
     kernels = {
         name: kernel
         for module in (memory.kernels, memory.wide)
@@ -188,7 +188,7 @@ def test_smaller_gpus_have_room_for_their_tiles(
         for name, kernel in kernels.items()
         for cache in kernel.device_caches.values()
     }
-    assert max(needed.values()) <= SMALLEST_SHARED_MEMORY, needed
+    assert max(needed.values()) <= LEAST_SHARED, needed
 
 
 @pytest.mark.parametrize("update_rule", RULES)

@@ -15,7 +15,7 @@ from infini_attention.ops.triton import kernels, wide
 from infini_attention.ops.triton.operator import operator
 
 FUSED_MAPS = ("elu1", "exp", "relu2", "softplus", "identity")
-MAX_BLOCK = 128  # the widest block of a head dimension that fits beside its tiles
+MAX_BLOCK = 128  # the widest block of a head dimension that fits beside its tiles, in bf16; else half of it
 FILL = 132  # programs below which runs are split: one a multiprocessor of the largest of today's GPUs
 
 
@@ -38,7 +38,7 @@ TILES = {  # the fastest of those tried on an H100, N = 2048, heads of 128
     "wide": Tile(32, 8, 1),
 }
 SMALL_TILE = Tile(32, 4, 1)  # where a program has less shared memory than the tiles above were chosen for
-SHARED_MEMORY = 220_000  # bytes a program has on the data-centre GPUs since Hopper
+HOPPER, AMPERE = 220_000, 160_000  # bytes of it at least, on data-centre GPUs; others have 101,376
 SCAN_BLOCK, SCAN_WARPS = 512, 4  # elements of the state a program of the linear scan carries
 DELTA_COLUMNS, DELTA_WARPS, DELTA_STAGES = 16, 8, 2  # columns of M a program of the delta scan carries
 
@@ -281,7 +281,7 @@ def mix_into(
     runs, heads, tokens, features = query.shape
     kv_heads, values = memory.shape[1], local.shape[-1]
     cut = _cut("mix", query, features, values, runs * kv_heads)
-    kernels.mix_kernel[(cut.programs, cut.blocks(values))](
+    kernels.mix_kernel[(cut.programs, cut.blocks_v)](
         query,
         local,
         gate,
@@ -299,8 +299,8 @@ def mix_into(
         GROUP=heads // kv_heads,
         MAP=feature_map,
         GATED=gated,
-        BLOCK_V=_block(values),
-        BLOCKS_F=cut.blocks(features),
+        BLOCK_V=cut.block_v,
+        BLOCKS_F=cut.blocks_f,
         **cut.options,
     )
     return output
@@ -320,7 +320,7 @@ def mix_backward(
     """Gradients of query, local, gate, memory and normalizer of `mix`."""
     runs, heads, tokens, features = query.shape
     kv_heads, values = memory.shape[1], local.shape[-1]
-    is_wide = _is_wide(query.dtype, features, values)
+    is_wide = _is_wide(query, features, values)
     grad_query, grad_local = torch.empty_like(query), torch.empty_like(local)
     grad_share, scale, denominator_grad = gate.new_empty(3, runs, heads, tokens).unbind()
     tensors = (
@@ -344,7 +344,7 @@ def mix_backward(
     cut = _cut("wide" if is_wide else "mix_backward", query, features, values, runs * kv_heads)
     settings = {"GROUP": heads // kv_heads, "MAP": feature_map, "GATED": gated}
     if is_wide:
-        options = _wide_options(cut, features, values)
+        options = _wide_options(cut)
         tiles = -(-tokens // options["BLOCK_N"])
         wide.wide_mix_backward_kernel[(runs * heads * tiles,)](
             *tensors, tokens, features, values, heads, **settings, **options
@@ -357,7 +357,7 @@ def mix_backward(
             values,
             kv_heads,
             cut.splits,
-            BLOCK_V=_block(values),
+            BLOCK_V=cut.block_v,
             **settings,
             **cut.options,
         )
@@ -409,26 +409,25 @@ class Mix(torch.autograd.Function):
 
 
 class Cut(NamedTuple):
-    """The launch of one kernel: programs on axis 0, splits among them, the constants it is compiled for."""
+    """The launch of one kernel: programs on axis 0, splits among them, blocks of the head dimensions."""
 
     programs: int
     splits: int
-    options: dict[str, Any]
-
-    def blocks(self, width: int) -> int:
-        """Blocks that cover a head dimension."""
-        return -(-width // _block(width))
+    blocks_f: int
+    blocks_v: int
+    block_v: int
+    options: dict[str, Any]  # the constants it is compiled for
 
 
 def _cut(kernel: str, like: Tensor, features: int, values: int, pairs: int) -> Cut:
     """How `kernel` is laid over `pairs` of run and head, for tokens like `like`, (runs, heads, N, dim).
 
-    Tiles of 4 bytes an element, and of several blocks of a head dimension, fill shared memory sooner: the
-    first are shorter and neither is pipelined.
+    Tiles of 4 bytes an element, and heads of several blocks, fill shared memory sooner: the first are
+    shorter and neither is pipelined.
     """
     tokens, narrow = like.shape[2], like.dtype == torch.bfloat16
-    tile = TILES[kernel] if _shared_memory(like.device) >= SHARED_MEMORY else SMALL_TILE
-    pipelined = narrow and max(features, values) <= MAX_BLOCK
+    tile = TILES[kernel] if _shared_memory(like.device) >= HOPPER else SMALL_TILE
+    pipelined = narrow and not _is_wide(like, features, values)
     block_n = min(tile.tokens if narrow else 32, _power(tokens))
     tiles = -(-tokens // block_n)
     splits = -(-tiles // -(-tiles // max(1, min(FILL // pairs, tiles))))  # no split is left without tiles
@@ -437,27 +436,29 @@ def _cut(kernel: str, like: Tensor, features: int, values: int, pairs: int) -> C
         "OPERAND": operand,
         "PRECISION": precision,
         "FULL": tokens % (block_n * splits) == 0
-        and features == _block(features)
-        and values == _block(values),
+        and features == _block(features, like)
+        and values == _block(values, like),
         "BLOCK_N": block_n,
-        "BLOCK_F": _block(features),
+        "BLOCK_F": _block(features, like),
         "STAGES": tile.stages if pipelined else 1,
         "num_warps": tile.warps,
     }
-    return Cut(pairs * splits, splits, options)
+    block_f, block_v = options["BLOCK_F"], _block(values, like)
+    return Cut(pairs * splits, splits, -(-features // block_f), -(-values // block_v), block_v, options)
 
 
-def _is_wide(dtype: torch.dtype, features: int, values: int) -> bool:
-    """Whether a backward kernel's matrices leave no room beside them, so that it must go block by block."""
-    return max(features, values) > (MAX_BLOCK if dtype != torch.float32 else MAX_BLOCK // 2)
+def _is_wide(like: Tensor, features: int, values: int) -> bool:
+    """Whether a head takes several blocks, so that its matrices do not all stay in a program."""
+    return max(features, values) > _block(MAX_BLOCK, like)
 
 
 @lru_cache(maxsize=16)
 def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory a program may have."""
     if device.type != "cuda":  # Triton's interpreter
-        return SHARED_MEMORY
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+        return HOPPER
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def _operand(dtype: torch.dtype) -> tuple[tl.dtype, str]:
@@ -467,9 +468,10 @@ def _operand(dtype: torch.dtype) -> tuple[tl.dtype, str]:
     return tl.float32, "tf32" if dtype == torch.float16 else "tf32x3"
 
 
-def _block(width: int) -> int:
-    """The block that covers a head dimension, or the largest there is."""
-    return min(MAX_BLOCK, _power(width))
+def _block(width: int, like: Tensor) -> int:
+    """The block that covers a head dimension of tokens like `like`, or the largest that fits."""
+    roomy = like.dtype == torch.bfloat16 and _shared_memory(like.device) >= AMPERE
+    return min(MAX_BLOCK if roomy else MAX_BLOCK // 2, _power(width))
 
 
 def _power(width: int) -> int:
@@ -511,7 +513,7 @@ def _sums(
     sizes = (runs, kv_heads, cut.splits, features)
     memory = key.new_empty((*sizes, values) if outer else (0, 0, 1), dtype=torch.float32)
     normalizer = key.new_empty(sizes, dtype=torch.float32)
-    kernels.sums_kernel[(cut.programs, cut.blocks(features), cut.blocks(values))](
+    kernels.sums_kernel[(cut.programs, cut.blocks_f, cut.blocks_v)](
         key,
         value,
         scale,
@@ -532,7 +534,7 @@ def _sums(
         SCALED=scale is not None,
         TOTAL_SCALED=total_scale is not None,
         WEIGHTED=weights is not None,
-        BLOCK_V=_block(values),
+        BLOCK_V=cut.block_v,
         **cut.options,
     )
     return _total(memory), _total(normalizer)
@@ -542,7 +544,7 @@ def _removal(key: Tensor, normalizer: Tensor, feature_map: str) -> tuple[Tensor,
     """A of each run and 1 / (sigma(K) z) of each token; see `kernels.removal_kernel`."""
     runs, heads, tokens, features = key.shape
     cut = _cut("removal", key, features, features, runs * heads)
-    blocks = cut.blocks(features)
+    blocks = cut.blocks_f
     removal = normalizer.new_empty(runs, heads, cut.splits, features, features)
     reciprocal = normalizer.new_empty(runs, heads, tokens)
     kernels.removal_kernel[(cut.programs, blocks, blocks)](
@@ -588,7 +590,7 @@ def _delta_scan(
 ) -> tuple[Tensor, Tensor]:
     """The affine scan of the delta rule; see `kernels.delta_scan_kernel`."""
     rows, heads, features, values = start.shape
-    block_f = _block(features)
+    block_f = min(MAX_BLOCK, _power(features))
     before, last = torch.empty_like(sums), torch.empty_like(start, memory_format=torch.contiguous_format)
     kernels.delta_scan_kernel[(rows * heads, -(-values // DELTA_COLUMNS))](
         sums,
@@ -626,7 +628,7 @@ def _removal_backward(key: Tensor, reciprocal: Tensor, grad_removal: Tensor, fea
         heads,
         cut.splits,
         MAP=feature_map,
-        BLOCKS_F=cut.blocks(features),
+        BLOCKS_F=cut.blocks_f,
         **cut.options,
     )
     return denominator_grad
@@ -648,7 +650,7 @@ def _write_backward(
 ) -> tuple[Tensor, Tensor]:
     runs, heads, tokens, features = key.shape
     values = value.shape[-1]
-    is_wide = _is_wide(key.dtype, features, values)
+    is_wide = _is_wide(key, features, values)
     kernel = "wide" if is_wide else "write_backward_delta" if delta else "write_backward"
     cut = _cut(kernel, key, features, values, runs * heads)
     grad_key, grad_value = torch.empty_like(key), torch.empty_like(value)
@@ -678,7 +680,7 @@ def _write_backward(
         "ADDED": more_grad_value is not None,
     }
     if is_wide:
-        options = _wide_options(cut, features, values)
+        options = _wide_options(cut)
         tiles = -(-tokens // options["BLOCK_N"])
         wide.wide_write_backward_kernel[(runs * heads * tiles,)](
             *tensors, tokens, features, values, heads, **settings, **options
@@ -691,15 +693,15 @@ def _write_backward(
             values,
             heads,
             cut.splits,
-            BLOCK_V=_block(values),
+            BLOCK_V=cut.block_v,
             **settings,
             **cut.options,
         )
     return grad_key, grad_value
 
 
-def _wide_options(cut: Cut, features: int, values: int) -> dict[str, Any]:
+def _wide_options(cut: Cut) -> dict[str, Any]:
     """Constants of the kernels in `wide`, which mask everything and go block by block."""
     options = {name: value for name, value in cut.options.items() if name not in ("FULL", "STAGES")}
-    options |= {"BLOCK_V": _block(values), "BLOCKS_F": cut.blocks(features), "BLOCKS_V": cut.blocks(values)}
+    options |= {"BLOCK_V": cut.block_v, "BLOCKS_F": cut.blocks_f, "BLOCKS_V": cut.blocks_v}
     return options | {"num_stages": 1}

@@ -1,4 +1,4 @@
-"""Gradients for heads too wide for `kernels` (head_dim over 128, in fp32 over 64): matrices block by block.
+"""Gradients for heads of several blocks (head_dim over 128, not in bf16 over 64): a tile a program.
 
 Names and conventions are those of `kernels`; these trade passes over the tiles for registers.
 """
