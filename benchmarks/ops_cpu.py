@@ -10,6 +10,8 @@ One layer of equal size each, the projections included, on the same input:
   `InfiniTransformerWrapper` runs it: memories go from segment to segment, and in training the gradient is
   cut, and taken, after every second one. Ours goes through all segments.
 - full: causal `scaled_dot_product_attention` over everything, up to `full_up_to` tokens
+- local: the same inside segments alone, without a memory: the projections and the softmax attention that any
+  implementation has to compute, so what its time is to the peer's bounds every ratio
 
 Times are the least of `repeats` interleaved runs, in seconds. Nothing is timed before parallel and reference
 agree on outputs and gradients. The last line printed is the same as JSON.
@@ -70,7 +72,7 @@ def main(
         for what, seconds in time_all(length, update_rule, full_up_to, repeats, **sizes).items()
     ]
     report = {"benchmark": "ops_cpu", **sizes, "repeats": repeats, "rows": rows, **environment("cpu")}
-    Console(width=110).print(table(report))
+    Console(width=125).print(table(report))
     print(json.dumps(report))
 
 
@@ -108,12 +110,14 @@ def time_all(
         "parallel": lambda: parallel(hidden),
         "reference": lambda: reference(hidden),
         "peer": lambda: run_peer(peer, hidden, segment_length, train=False),
+        "local": lambda: local_attention(parallel, hidden),
         "full": lambda: full_attention(parallel, hidden),
     }
     backward = {
         "parallel": lambda: parallel(hidden)[0].sum().backward(),
         "reference": lambda: reference(hidden)[0].sum().backward(),
         "peer": lambda: run_peer(peer, hidden, segment_length, train=True),
+        "local": lambda: local_attention(parallel, hidden).sum().backward(),
         "full": lambda: full_attention(parallel, hidden).sum().backward(),
     }
     if length > full_up_to:
@@ -157,6 +161,12 @@ def full_attention(layer: InfiniAttention, hidden: Tensor) -> Tensor:
     return layer.o_proj(output.transpose(1, 2).flatten(2))
 
 
+def local_attention(layer: InfiniAttention, hidden: Tensor) -> Tensor:
+    """`full_attention` inside each segment; whole segments only."""
+    segments = hidden.unflatten(1, (-1, layer.segment_length)).squeeze(0)
+    return full_attention(layer, segments).flatten(0, 1)[None]
+
+
 def peer_layer(update_rule: str, heads: int, head_dim: int) -> torch.nn.Module:
     try:
         from infini_transformer_pytorch.infini_transformer import CausalAttention
@@ -185,14 +195,14 @@ def table(report: dict) -> Table:
     """Seconds, and how many times faster parallel is."""
     title = "One layer: {heads} heads x {head_dim}, segments of {segment_length}; {threads} threads, {device}"
     grid = Table(title=title.format(**report), caption="seconds (times parallel); µs a token is parallel's")
-    for name in ("tokens", "rule", "pass", "parallel", "µs a token", "peer", "reference", "full"):
+    for name in ("tokens", "rule", "pass", "parallel", "µs a token", "peer", "local", "reference", "full"):
         grid.add_column(name, justify="left" if name in ("rule", "pass") else "right")
     for row in report["rows"]:
         seconds = row["seconds"]
         fastest = seconds["parallel"]
         others = [
             f"{seconds[name]:.3f} ({seconds[name] / fastest:.1f}x)" if name in seconds else "skipped"
-            for name in ("peer", "reference", "full")
+            for name in ("peer", "local", "reference", "full")
         ]
         per_token = f"{fastest / row['length'] * 1e6:.1f}"
         grid.add_row(

@@ -70,13 +70,12 @@ def _whole_segments(
 ) -> tuple[Tensor, MemoryState]:
     """Segments that are complete, of rows that have none open."""
     keys, values = _features(inputs.key, state, options), inputs.value.to(state.memory.dtype)
-    weight = 1.0 if inputs.segment_weights is None else inputs.segment_weights[:, None, None, None]
     steps = block.steps(keys.device)
 
-    normalizer_sums = (keys * weight).sum(dim=2)
+    normalizer_sums = _weighted(keys.sum(dim=2), inputs)
     before_z, normalizer = _scan(state.normalizer, steps, lambda z, runs: z + normalizer_sums[runs])
 
-    memory_sums = keys.transpose(-1, -2) @ values * weight
+    memory_sums = _weighted(keys.transpose(-1, -2) @ values, inputs)
     if options.update_rule == "delta":
         removal = keys.transpose(-1, -2) @ (keys / denominator(keys, before_z))  # A_s
 
@@ -120,7 +119,6 @@ def _open_segment(
     valid = part.valid(inputs.query.device)[:, None, :, None]
     keys = torch.where(valid, _features(inputs.key, state, options), 0)
     values = torch.where(valid, inputs.value, 0).to(keys.dtype)
-    weight = 1.0 if inputs.segment_weights is None else inputs.segment_weights[:, None, None, None]
 
     local_keys = continued(state.local_key, inputs.local_key)
     local_values = continued(state.local_value, inputs.value)
@@ -131,11 +129,11 @@ def _open_segment(
     )
     output = _mix(inputs, local, state.memory, state.normalizer, options)
 
-    new_values = values * weight
+    new_values = _weighted(values, inputs)
     if options.update_rule == "delta":
         new_values = new_values - read(keys, state.memory, state.normalizer)
     pending_memory = state.pending_memory + keys.transpose(-1, -2) @ new_values
-    pending_normalizer = state.pending_normalizer + (keys * weight).sum(dim=2)
+    pending_normalizer = state.pending_normalizer + _weighted(keys.sum(dim=2), inputs)
 
     finished = used + counts == options.segment_length
     still_open = [
@@ -183,6 +181,12 @@ def _gather(x: Tensor, places: Tensor) -> Tensor:
     places = places[:, None, :, None]
     index = places.clamp(min=0).expand(-1, x.shape[1], -1, x.shape[3])
     return torch.where(places < 0, 0, x.gather(2, index))
+
+
+def _weighted(x: Tensor, inputs: Inputs) -> Tensor:
+    """`x` (runs, ...) times how often each run's segment counts."""
+    weights = inputs.segment_weights
+    return x if weights is None else x * weights.view(-1, *[1] * (x.dim() - 1))
 
 
 def _features(x: Tensor, state: MemoryState, options: Options) -> Tensor:
