@@ -1,13 +1,74 @@
 """The `infini` command: parses, calls, prints. What a subcommand needs is imported when it runs."""
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
+
+from infini_attention.devices import choose_device
+
+
+@dataclass
+class Reader:
+    """The model that reads.
+
+    Args:
+        model: A model's name, folder or GGUF file, or an alias such as smollm2. A model without memories is
+            retrofitted, untrained; one with memories is taken as it is.
+        segment_length: Tokens a segment when retrofitting; by default 512.
+        update_rule: linear or delta, when retrofitting; by default linear.
+        feature_map: Feature map of the memory, when retrofitting; by default elu1.
+        gate_init: Logit of every gate, when retrofitting; by default -4.
+        dtype: float32, bfloat16 or auto, which takes bfloat16 on a GPU and float32 on a CPU.
+        device: A device of torch, or auto, which takes the first GPU, else the CPU.
+    """
+
+    model: str = "smollm2"
+    segment_length: int | None = None
+    update_rule: str | None = None
+    feature_map: str | None = None
+    gate_init: float | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+@dataclass
+class Generation:
+    """How tokens are chosen; what is left out comes from the model.
+
+    Args:
+        max_new_tokens: Stop after so many tokens; by default 256.
+        do_sample: Draw tokens, instead of taking the likeliest.
+        temperature: Of the draw.
+        top_k: Draw from the likeliest so many.
+        top_p: Draw from the likeliest that together have this probability.
+        min_p: Draw from those with at least this part of the likeliest one's probability.
+        repetition_penalty: Divides the scores of tokens that were there lately.
+        seed: Of the draw.
+    """
+
+    max_new_tokens: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Those that were given."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+GROUPS = (Reader, Generation)  # dataclasses whose fields are options by their own names
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -16,9 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     A user's mistake is one line and exit code 2.
     """
     parsed = _parser().parse_args(arguments)
-    settings = vars(parsed[parsed.subcommand])
+    function = SUBCOMMANDS[parsed.subcommand]
     try:
-        SUBCOMMANDS[parsed.subcommand](**settings)
+        function(**_grouped(function, vars(parsed[parsed.subcommand])))
     except ValueError as error:
         print(f"infini: {error}", file=sys.stderr)
         sys.exit(2)
@@ -114,6 +175,200 @@ def bindings(
         show.plot(report, plot)
 
 
+def ingest(
+    text: str,
+    *,
+    output: Path,
+    onto: Path | None = None,
+    max_tokens: int | None = None,
+    exact: bool = False,
+    snapshots: bool = False,
+    reader: Reader,
+    json: bool = False,
+) -> None:
+    """Read a text of any length into a state file of a few MB.
+
+    Ctrl-C saves what has been read; the same command goes on from there.
+
+    Args:
+        text: A file, - for standard input, or an alias such as hamlet.
+        output: The state file to write. If it holds the beginning of this text, reading goes on from there.
+        onto: A state file to read on from, which stays as it is.
+        max_tokens: Stop after so many tokens of the text.
+        exact: Keep the open segment as it was computed, for a continuation to the last bit.
+        snapshots: Keep earlier states for `infini state rewind`.
+    """
+    from infini_attention.streaming.ingest import ingest as read
+
+    load = _loader(reader)
+    resumed = load(output) if output.exists() else None
+    report = read(
+        text,
+        output,
+        load(onto),
+        resumed=resumed,
+        max_tokens=max_tokens,
+        exact=exact,
+        snapshots=snapshots,
+    )
+    figures = asdict(report) | {"output": str(output), "tokens_per_second": report.tokens_per_second}
+    _print_figures(figures, json)
+    if report.ending == "interrupted":
+        print(f"infini: interrupted; the same command goes on after token {report.tokens:,}", file=sys.stderr)
+        sys.exit(130)
+
+
+def ask(
+    state: Path,
+    question: str,
+    *,
+    reader: Reader,
+    generation: Generation,
+    json: bool = False,
+) -> None:
+    """Ask a question about the text of a state file, which stays as it is.
+
+    Args:
+        state: The state file.
+        question: The question.
+    """
+    session = _loader(reader)(state)
+    _say(session, session.answer(question, **generation.options()), json)
+
+
+def generate(
+    state: Path | None = None,
+    *,
+    prompt: str | None = None,
+    output: Path | None = None,
+    reader: Reader,
+    generation: Generation,
+    json: bool = False,
+) -> None:
+    """Go on with the text of a state file, or with a prompt.
+
+    Args:
+        state: The state file; without one the prompt is all there is.
+        prompt: Text to read first.
+        output: A state file to write afterwards, with what was generated.
+    """
+    session = _loader(reader)(state)
+    if prompt:
+        session.feed(prompt)
+    _say(session, session.generate(**generation.options()), json)
+    if output is not None:
+        session.save(output)
+
+
+def chat(
+    state: Path | None = None,
+    *,
+    reader: Reader,
+    generation: Generation,
+    json: bool = False,
+) -> None:
+    """Talk with the model in the terminal.
+
+    Args:
+        state: A state file to go on from; what is said is saved there, and it need not exist yet.
+    """
+    from infini_attention.streaming.chat import chat as talk
+
+    if json:
+        raise ValueError("a chat has no JSON; leave --json out")
+    session = _loader(reader)(state if state is not None and state.exists() else None)
+    talk(session, state, Console(), **generation.options())
+
+
+def state(
+    action: Literal["show", "fork", "rewind"],
+    file: Path,
+    target: str | None = None,
+    *,
+    output: Path | None = None,
+    reader: Reader,
+    json: bool = False,
+) -> None:
+    """Show what a state file holds, copy it, or take it back to an earlier token.
+
+    Args:
+        action: show; fork, which writes a checked copy; or rewind.
+        file: The state file.
+        target: The copy's name for fork, the token for rewind.
+        output: Where rewind writes; by default the file itself.
+    """
+    from infini_attention.streaming.state_file import copy_state, read_header
+
+    if action == "show":
+        _print_figures(read_header(file), json)
+    elif target is None:
+        raise ValueError(f"{action} needs a third argument: " + ("a file" if action == "fork" else "a token"))
+    elif action == "fork":
+        copy_state(file, target)
+        _print_figures(read_header(target), json)
+    else:
+        if not target.isdigit():
+            raise ValueError(f"{target} is no token number; `infini state show {file}` lists the snapshots")
+        session = _loader(reader)(file)
+        session.rewind(int(target))
+        session.save(output or file, snapshots=True)
+        _print_figures(read_header(output or file), json)
+
+
+def _loader(reader: Reader) -> Callable[[Path | None], Any]:
+    """What makes a session out of a state file, or a fresh one."""
+    from transformers.utils import logging
+
+    from infini_attention.models import load_tokenizer
+    from infini_attention.models.reader import load_reader
+    from infini_attention.streaming import Session
+
+    logging.disable_progress_bar()
+    settings = {name: getattr(reader, name) for name in RETROFIT}
+    dtype = reader.dtype
+    if dtype == "auto":  # fixed by the device alone, since a state belongs to one dtype
+        dtype = "bfloat16" if choose_device(reader.device).type == "cuda" else "float32"
+    model, _ = load_reader(reader.model, settings, device=reader.device, dtype=dtype)
+    tokenizer = load_tokenizer(reader.model)
+
+    def load(path: Path | None) -> Any:
+        return Session(model, tokenizer) if path is None else Session.load(path, model, tokenizer)
+
+    return load
+
+
+def _say(session: Any, ids: Iterable[int], json: bool) -> None:
+    """Print a text as it is generated, or in one line of JSON with its tokens."""
+    from infini_attention.streaming.chat import text_pieces
+
+    if json:
+        tokens = list(ids)
+        _print_figures({"text": "".join(text_pieces(session.tokenizer, tokens)), "ids": tokens}, json)
+        return
+    for piece in text_pieces(session.tokenizer, ids):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _print_figures(figures: dict[str, Any], json: bool) -> None:
+    if json:
+        from json import dumps
+
+        print(dumps(figures))
+        return
+    table = Table(show_header=False)
+    for name, value in figures.items():
+        shown = (
+            f"{value:,.1f}"
+            if isinstance(value, float)
+            else f"{value:,}"
+            if type(value) is int
+            else str(value)
+        )
+        table.add_row(name.replace("_", " "), shown)
+    _print([table])
+
+
 def doctor(*, json: bool = False) -> None:
     """Show versions, devices, the backend each device gets and why, and check that it is right.
 
@@ -127,7 +382,17 @@ def doctor(*, json: bool = False) -> None:
         sys.exit(1)
 
 
-SUBCOMMANDS: dict[str, Callable[..., None]] = {"stream": stream, "bindings": bindings, "doctor": doctor}
+SUBCOMMANDS: dict[str, Callable[..., None]] = {
+    "stream": stream,
+    "ingest": ingest,
+    "ask": ask,
+    "generate": generate,
+    "chat": chat,
+    "state": state,
+    "bindings": bindings,
+    "doctor": doctor,
+}
+RETROFIT = ("segment_length", "update_rule", "feature_map", "gate_init")
 
 
 def _parser() -> ArgumentParser:
@@ -140,12 +405,43 @@ def _parser() -> ArgumentParser:
     for name, function in SUBCOMMANDS.items():
         summary = (function.__doc__ or "").splitlines()[0]
         subparser = ArgumentParser(description=summary)
-        subparser.add_function_arguments(function, as_group=False, as_positional=True, skip={"json"})
+        groups = _groups(function)
+        special = {"json", "output", *groups}
+        subparser.add_function_arguments(function, as_group=False, as_positional=True, skip=special)
+        for group in groups.values():
+            subparser.add_class_arguments(group, as_group=False)
+        if "output" in (parameters := inspect.signature(function).parameters):
+            required = parameters["output"].default is inspect.Parameter.empty
+            subparser.add_argument(
+                "-o",
+                "--output",
+                type=Path if required else Path | None,
+                required=required,
+                help=_help_of(function, "output"),
+            )
         subparser.add_argument(
             "--json", action="store_true", help="Print one line of JSON instead of tables."
         )
         subcommands.add_subcommand(name, subparser, help=summary)
     return parser
+
+
+def _groups(function: Callable[..., None]) -> dict[str, type]:
+    """The parameters of `function` that stand for a group of options."""
+    parameters = inspect.signature(function).parameters.values()
+    return {each.name: each.annotation for each in parameters if each.annotation in GROUPS}
+
+
+def _grouped(function: Callable[..., None], settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` by name, with the fields of groups put into them."""
+    for name, group in _groups(function).items():
+        settings[name] = group(**{field: settings.pop(field) for field in vars(group())})
+    return settings
+
+
+def _help_of(function: Callable[..., None], name: str) -> str:
+    lines = (function.__doc__ or "").splitlines()
+    return next(line.split(": ", 1)[1] for line in lines if line.strip().startswith(f"{name}: "))
 
 
 def _print(shown: str | Iterable[Table]) -> None:

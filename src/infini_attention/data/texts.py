@@ -38,10 +38,10 @@ class Text:
         Raises ValueError naming the byte offset where the text is not UTF-8.
         """
         if self.path is None:
-            yield from _decode(iter(lambda: sys.stdin.buffer.read(piece_bytes), b""), name=self.name)
+            yield from decoded_pieces(iter(lambda: sys.stdin.buffer.read(piece_bytes), b""), name=self.name)
         else:
             with self.path.open("rb") as file:
-                yield from _decode(iter(lambda: file.read(piece_bytes), b""), name=self.name)
+                yield from decoded_pieces(iter(lambda: file.read(piece_bytes), b""), name=self.name)
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,11 @@ class TokenBlock:
         """Yield the block in parts of at most `tokens` tokens."""
         parts = zip(*(field.split(tokens) for field in (self.ids, self.bytes, self.words)), strict=True)
         return (TokenBlock(*part) for part in parts)
+
+    def split_at(self, tokens: int) -> tuple["TokenBlock", "TokenBlock"]:
+        """The first `tokens` tokens, and the rest."""
+        fields = self.ids, self.bytes, self.words
+        return TokenBlock(*(x[:tokens] for x in fields)), TokenBlock(*(x[tokens:] for x in fields))
 
     @staticmethod
     def cat(blocks: list["TokenBlock"]) -> "TokenBlock":
@@ -119,6 +124,17 @@ def token_blocks(
             yield tokens
 
 
+def first_tokens(blocks: Iterable[TokenBlock], tokens: int | None) -> Iterator[TokenBlock]:
+    """Yield the first `tokens` tokens of a text; all of them for None."""
+    left = sys.maxsize if tokens is None else tokens
+    for block in blocks:
+        part, _ = block.split_at(left)
+        yield part
+        left -= len(part)
+        if left == 0:
+            return
+
+
 def in_chunks(blocks: Iterable[TokenBlock], chunk_length: int) -> Iterator[TokenBlock]:
     """Yield the same tokens in blocks of exactly `chunk_length`, the last one shorter."""
     waiting: list[TokenBlock] = []
@@ -139,7 +155,8 @@ def _play(alias: str) -> Path:
     return aliases[alias]
 
 
-def _decode(pieces: Iterator[bytes], *, name: str) -> Iterator[str]:
+def decoded_pieces(pieces: Iterable[bytes], *, name: str) -> Iterator[str]:
+    """Yield UTF-8 text that arrives in pieces; ValueError naming `name` and the offset where it is not."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0
     for piece in chain(pieces, [b""]):

@@ -1,24 +1,20 @@
 """`infini stream`: a text of any length goes through a model at constant memory, with and without memory."""
 
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from infini_attention.data.texts import TokenBlock, in_chunks, open_text, token_blocks
-from infini_attention.devices import choose_device, choose_dtype
+from infini_attention.data.texts import TokenBlock, first_tokens, in_chunks, open_text, token_blocks
 from infini_attention.evaluation.perplexity import StreamedPerplexity, Stretch
 from infini_attention.evaluation.progress import ResidentMemory, StreamProgress
 from infini_attention.evaluation.provenance import Provenance, provenance
 from infini_attention.layers import MemoryGate
-from infini_attention.models import load_model, load_tokenizer, retrofit
-from infini_attention.models.config import InfiniConfigMixin
+from infini_attention.models import load_tokenizer
+from infini_attention.models.reader import load_reader
 
-SEGMENT_LENGTH = 512
 CHUNK_TOKENS = 1024
 MOST_SAMPLES = 512
 
@@ -150,14 +146,14 @@ def stream(
     given = {name: value for name, value in settings.items() if value is not None}
 
     began = time.perf_counter()
-    reader, retrofitted = _load(model, given, choose_device(device), dtype)
+    reader, retrofitted = load_reader(model, given, device=device, dtype=dtype)
     blocks = token_blocks(opened.pieces(), load_tokenizer(model))
     if chunk_length is None:
         chunk_length = -(-CHUNK_TOKENS // reader.config.segment_length) * reader.config.segment_length
     load_seconds = time.perf_counter() - began
 
     perplexity = StreamedPerplexity(reader)
-    chunks = in_chunks(_first(blocks, max_tokens), chunk_length)
+    chunks = in_chunks(first_tokens(blocks, max_tokens), chunk_length)
     samples, interrupted = _read(chunks, perplexity, memory, StreamProgress(opened, max_tokens))
     if perplexity.tokens < 2:
         raise ValueError(
@@ -186,32 +182,6 @@ def _check_counts(chunk_length: int | None, max_tokens: int | None) -> None:
         raise ValueError(
             f"max_tokens is {max_tokens}; give at least 2, since the first token has no prediction"
         )
-
-
-def _load(
-    name: str, settings: dict[str, Any], device: torch.device, dtype: str
-) -> tuple[PreTrainedModel, bool]:
-    """The model, and whether it was retrofitted just now."""
-    model = load_model(name, dtype=choose_dtype(dtype, device))
-    if not isinstance(model.config, InfiniConfigMixin):
-        model = retrofit(model, **({"segment_length": SEGMENT_LENGTH} | settings))
-        return model.to(device), True
-    if settings:
-        raise ValueError(
-            f"{name} has memories already; {', '.join(settings)} can be set only when retrofitting"
-        )
-    return model.to(device), False
-
-
-def _first(blocks: Iterable[TokenBlock], tokens: int | None) -> Iterator[TokenBlock]:
-    """The first `tokens` tokens of a text; all of them for None."""
-    left = sys.maxsize if tokens is None else tokens
-    for block in blocks:
-        part = next(block.split(left))
-        yield part
-        left -= len(part)
-        if left == 0:
-            return
 
 
 def _read(

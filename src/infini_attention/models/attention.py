@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from infini_attention.layers import MemoryGate
+from infini_attention.models.cache import InfiniStepCache
 from infini_attention.models.compat import pop_cache
 from infini_attention.ops import infini_attention
+from infini_attention.ops.step import infini_attention_step
 
 Rotation = tuple[Tensor, Tensor]
 """(cos, sin) of rotary positions, each (batch or 1, length, rotated_dim)."""
@@ -68,26 +70,32 @@ class InfiniAttentionMixin(nn.Module):
         """
         query, key, value = self._project(hidden_states)
         local_query, local_key = self._rotate(query, key, segment_context.rotations[self.layer_idx])
+        tensors = query, key, value, self.memory_gate()
+        settings = {
+            "local_query": local_query,
+            "local_key": local_key,
+            "update_rule": self.config.update_rule,
+            "feature_map": self.config.feature_map,
+            "empty_memory": self.config.empty_memory,
+            "scale": self.scaling,
+            "softcap": self.softcap,
+        }
         cache = pop_cache(kwargs)
-        output, state = infini_attention(
-            query,
-            key,
-            value,
-            self.memory_gate(),
-            segment_length=self.config.segment_length,
-            local_query=local_query,
-            local_key=local_key,
-            update_rule=self.config.update_rule,
-            feature_map=self.config.feature_map,
-            empty_memory=self.config.empty_memory,
-            state=None if cache is None else cache.layers[self.layer_idx].state,
-            padding_mask=segment_context.padding_mask,
-            cu_seqlens=segment_context.cu_seqlens,
-            scale=self.scaling,
-            softcap=self.softcap,
-        )
-        if cache is not None:
-            cache.layers[self.layer_idx].advance(state, hidden_states.shape[1])
+        if isinstance(cache, InfiniStepCache):
+            output = infini_attention_step(
+                *tensors, cache.buffers, self.layer_idx, width=cache.width, **settings
+            )
+        else:
+            output, state = infini_attention(
+                *tensors,
+                segment_length=self.config.segment_length,
+                state=None if cache is None else cache.layers[self.layer_idx].state,
+                padding_mask=segment_context.padding_mask,
+                cu_seqlens=segment_context.cu_seqlens,
+                **settings,
+            )
+            if cache is not None:
+                cache.layers[self.layer_idx].advance(state, hidden_states.shape[1])
         return self.o_proj(output.transpose(1, 2).flatten(2)), None
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """InfiniCache: what a model carries from call to call, of fixed size in every layer that has a memory."""
 
+import copy
 from typing import Any, NoReturn
 
 import torch
@@ -9,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from infini_attention.models.config import InfiniConfigMixin
 from infini_attention.ops import MemoryState
+from infini_attention.ops.step import StepBuffers
 
 
 class InfiniCacheLayer(CacheLayerMixin):
@@ -95,10 +97,53 @@ class InfiniCache(DynamicCache):
         for layer in config.infini_layers or []:
             self.layers[layer] = InfiniCacheLayer()
 
+    def copy(self) -> "InfiniCache":
+        """A cache that goes on from the same states, which it shares until they are replaced; cheap."""
+        twin = copy.copy(self)
+        twin.layers = [copy.copy(layer) for layer in self.layers]
+        return twin
+
+    def to(self, device: torch.device | str) -> "InfiniCache":
+        """Move every tensor to `device`, in place."""
+        for layer in self.layers:
+            if isinstance(layer, InfiniCacheLayer):
+                layer.state = None if layer.state is None else layer.state.to(device)
+            elif layer.is_initialized:
+                layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+        return self
+
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
         return sum(_layer_nbytes(layer) for layer in self.layers)
+
+
+class InfiniStepCache(InfiniCache):
+    """A cache of fixed shapes for steps of one token a row; every layer has a memory.
+
+    A forward call with it takes (rows, 1) ids, changes `buffers` in place and plans nothing on the host, so it
+    can be captured or compiled. The caller marks active rows and commits segments; see `ops.step`.
+
+    Args:
+        config: the model's config.
+        buffers: the rows' states. Set `width` to the places of open segments to look at, if not all.
+
+    Raises:
+        ValueError: the config of a model with layers that have no memory.
+    """
+
+    def __init__(self, config: Any, buffers: StepBuffers) -> None:
+        super().__init__(config)
+        lacking = [
+            index for index, layer in enumerate(self.layers) if not isinstance(layer, InfiniCacheLayer)
+        ]
+        if lacking:
+            raise ValueError(
+                f"layers {lacking} have no memory and keep keys and values of their own, which grow; retrofit "
+                "all layers (layers=None, and a segment_length of at most their sliding window)"
+            )
+        self.buffers = buffers
+        self.width: int | None = None
 
 
 def _layer_nbytes(layer: Any) -> int:

@@ -10,7 +10,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from infini_attention.layers import MemoryGate
 from infini_attention.models.attention import InfiniAttentionMixin, Rotation, SegmentContext
-from infini_attention.models.cache import InfiniCache, InfiniCacheLayer
+from infini_attention.models.cache import InfiniCache, InfiniCacheLayer, InfiniStepCache
 from infini_attention.models.compat import CACHE_ARGUMENT, pop_cache
 from infini_attention.models.inputs import packed_documents, padding_of, positions_of
 from infini_attention.ops import segment_positions
@@ -86,6 +86,11 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
         batch, length = inputs.shape[:2]
         cache = pop_cache(kwargs)
         self._refuse(cache, kwargs)
+        if isinstance(cache, InfiniStepCache) and (length != 1 or batch != len(cache.buffers.used)):
+            raise ValueError(
+                f"an InfiniStepCache of {len(cache.buffers.used)} rows takes as many ids, one a row, and got "
+                f"({batch}, {length}); use an InfiniCache for anything else"
+            )
         seen = 0 if cache is None else cache.get_seq_length()
 
         padding_mask = padding_of(attention_mask, batch=batch, length=length, seen=seen)
@@ -101,14 +106,17 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
             cache = InfiniCache(self.config)
 
         like = self.embed_tokens.weight if inputs_embeds is None else inputs_embeds
-        positions = segment_positions(
-            length,
-            segment_length=self.config.segment_length,
-            open_lengths=self._open_lengths(cache),
-            padding_mask=padding_mask,
-            cu_seqlens=cu_seqlens,
-            device=like.device,
-        )
+        if isinstance(cache, InfiniStepCache):
+            positions = cache.buffers.used[:, None]
+        else:
+            positions = segment_positions(
+                length,
+                segment_length=self.config.segment_length,
+                open_lengths=self._open_lengths(cache),
+                padding_mask=padding_mask,
+                cu_seqlens=cu_seqlens,
+                device=like.device,
+            )
         if self._ordinary_layers:
             if position_ids is None:
                 position_ids = _absolute_positions(attention_mask, cu_seqlens, length)

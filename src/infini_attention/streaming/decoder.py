@@ -1,0 +1,173 @@
+"""Decoder: many sequences decode side by side, one token a row, in steps of constant shape and time."""
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from infini_attention.models import InfiniCache
+from infini_attention.models.cache import InfiniCacheLayer, InfiniStepCache
+from infini_attention.models.compat import CACHE_ARGUMENT
+from infini_attention.ops.step import StepBuffers
+
+WARM_UPS = 3  # runs before a step is captured, as torch asks for
+WIDTH_STEP = 128  # on the CPU, open segments are looked at up to a multiple of so many places
+
+
+class Guest(Protocol):
+    """Whoever has a sequence in a row: gets its state back when the row is wanted for another."""
+
+    def take_back(self, cache: InfiniCache) -> None:
+        """Take over the sequence's state."""
+
+
+class Decoder:
+    """Buffers for `rows` sequences, and the model's step over them.
+
+    On a GPU the step is captured as a CUDA graph, once; on a CPU it runs as it is. `compiled=True` puts it
+    through `torch.compile` first, on either: the first step then takes minutes and later ones less time.
+    A row's guest is held by a weak reference: a sequence that nobody holds any more leaves its row free.
+
+    Args:
+        model: an `infini_*` language model in evaluation mode, with a memory in every layer.
+        rows: sequences at most.
+        compiled: whether to use `torch.compile`.
+
+    Raises:
+        ValueError: a model that cannot step, or no rows.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: int = 1, *, compiled: bool = False) -> None:
+        if rows < 1:
+            raise ValueError(f"rows is {rows}; give at least 1")
+        self.rows = rows
+        self.compiled = compiled
+        self._model = model
+        self.buffers = _buffers(model, rows)
+        self._cache = InfiniStepCache(model.config, self.buffers)
+        self._guests: list[weakref.ref[Guest] | None] = [None] * rows
+        self._lengths = [0] * rows  # tokens that each row's sequence has seen
+        self._ids = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
+        self._forward: Any = torch.compile(self._step, dynamic=False) if compiled else self._step
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits = torch.empty(0)
+
+    def guest(self, row: int) -> Guest | None:
+        """Whose sequence is in `row`; None if nobody's."""
+        reference = self._guests[row]
+        return None if reference is None else reference()
+
+    def free_row(self) -> int | None:
+        """A row without a guest; None if all are taken."""
+        return next((row for row in range(self.rows) if self.guest(row) is None), None)
+
+    def seat(self, row: int, guest: Guest, cache: InfiniCache) -> None:
+        """Put `guest`'s sequence, the only one in `cache`, into `row`; who was there gets its state back."""
+        self.release(row)
+        states = [layer.state for layer in cache.layers if isinstance(layer, InfiniCacheLayer)]
+        self.buffers.load(row, [state for state in states if state is not None])
+        self._lengths[row] = cache.get_seq_length()
+        self._guests[row] = weakref.ref(guest)
+
+    def release(self, row: int) -> None:
+        """Give the sequence in `row` back to its guest, if it has one, and free the row."""
+        guest = self.guest(row)
+        if guest is not None:
+            guest.take_back(self._cache_of(row))
+        self._guests[row] = None
+
+    @property
+    def row_nbytes(self) -> int:
+        """Size of one row's state in bytes."""
+        return self.buffers.nbytes // self.rows
+
+    def committed(self, row: int) -> tuple[Tensor, Tensor]:
+        """Memory and normalizer of all layers for `row`, (layers, kv_heads, ...); copies."""
+        return self.buffers.memory[:, row].clone(), self.buffers.normalizer[:, row].clone()
+
+    @torch.inference_mode()
+    def step(self, ids: dict[int, int]) -> Tensor:
+        """Feed one token to each of some rows, by row; returns logits (rows, vocabulary) of all rows.
+
+        Only those of the rows that were fed mean anything. They are valid until the next step.
+        """
+        rows = sorted(ids)
+        self._set(self._ids[:, 0], rows, [ids[row] for row in rows])
+        self.buffers.active.zero_()
+        self._set(self.buffers.active, rows, [True] * len(rows))
+        logits = self._run(rows)
+        ended = []
+        for row in rows:
+            self._lengths[row] += 1
+            if self._lengths[row] % self.buffers.segment_length == 0:
+                ended.append(row)
+        if ended:
+            self.buffers.commit(ended)
+        return logits
+
+    def _set(self, target: Tensor, rows: list[int], values: list[Any]) -> None:
+        if rows == list(range(self.rows)):
+            target.copy_(torch.tensor(values, dtype=target.dtype))
+        else:
+            target[torch.tensor(rows, device=target.device)] = torch.tensor(
+                values, dtype=target.dtype, device=target.device
+            )
+
+    def _run(self, rows: list[int]) -> Tensor:
+        if self._ids.is_cuda:
+            if self._graph is None:
+                self._capture()
+            assert self._graph is not None
+            self._graph.replay()
+            return self._logits
+        if not self.compiled:
+            used = max(self._lengths[row] % self.buffers.segment_length for row in rows)
+            self._cache.width = min(-(-(used + 1) // WIDTH_STEP) * WIDTH_STEP, self.buffers.segment_length)
+        return self._forward()
+
+    def _step(self) -> Tensor:
+        arguments = {CACHE_ARGUMENT: self._cache, "use_cache": True}
+        logits = self._model(input_ids=self._ids, **arguments).logits[:, 0]
+        self.buffers.advance()
+        return logits
+
+    def _capture(self) -> None:
+        """Capture the step. Warming up leaves no trace: no row is active, and places in use stay as they are."""
+        active = self.buffers.active.clone()
+        self.buffers.active.zero_()
+        stream = torch.cuda.Stream(self._ids.device)
+        stream.wait_stream(torch.cuda.current_stream(self._ids.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._forward()
+        torch.cuda.current_stream(self._ids.device).wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = self._forward()
+        self.buffers.active.copy_(active)
+
+    def _cache_of(self, row: int) -> InfiniCache:
+        """A cache of its own for the sequence in `row`."""
+        cache = InfiniCache(self._model.config)
+        for layer, state in zip(cache.layers, self.buffers.store(row, self._lengths[row]), strict=True):
+            assert isinstance(layer, InfiniCacheLayer)
+            layer.advance(state, self._lengths[row])
+        return cache
+
+
+def _buffers(model: PreTrainedModel, rows: int) -> StepBuffers:
+    config: Any = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return StepBuffers.empty(
+        config.num_hidden_layers,
+        rows,
+        config.num_key_value_heads,
+        head_dim,
+        head_dim,
+        segment_length=config.segment_length,
+        feature_map=config.feature_map,
+        dtype=model.dtype,
+        device=model.device,
+    )

@@ -1,0 +1,105 @@
+"""SessionPool: many sessions generate side by side, each at its own place in its own text."""
+
+from typing import Any
+
+import torch
+
+from infini_attention.streaming.decoder import Decoder
+from infini_attention.streaming.sampling import Sampler, SamplingOptions
+from infini_attention.streaming.session import Session
+
+
+class SessionPool:
+    """A decoder of several rows, and the sessions that generate in them.
+
+    Sessions come and go between steps, and their segments end whenever they end; none sees anything of
+    another. A session in the pool refuses everything else until it is evicted or has finished.
+
+    Args:
+        decoder: where the sessions generate; as many at once as it has rows.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self._members: dict[int, _Member] = {}
+
+    def __len__(self) -> int:
+        """Sessions that are generating."""
+        return len(self._members)
+
+    def admit(self, session: Session, **options: Any) -> None:
+        """Let `session` generate from the next step on; `options` are those of `Session.generate`.
+
+        Raises:
+            ValueError: no row is free, nothing was fed yet, or unknown options.
+            RuntimeError: the session is in use.
+        """
+        row = next((row for row in range(self.decoder.rows) if row not in self._members), None)
+        if row is None:
+            raise ValueError(f"all {self.decoder.rows} rows are taken; evict a session, or take more rows")
+        sampler = Sampler(SamplingOptions.of(session.model, options))
+        self._members[row] = _Member(session, sampler, row, self.decoder)
+
+    def evict(self, session: Session) -> None:
+        """Take `session` out, with its state and all tokens it has generated; it can be used again.
+
+        Raises ValueError if it is not in the pool.
+        """
+        row = next((row for row, member in self._members.items() if member.session is session), None)
+        if row is None:
+            raise ValueError("the session is not in the pool; it may have finished")
+        self._members.pop(row).leave()
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Session, int]]:
+        """One more token for every session in the pool, with the session it is for.
+
+        A session that has had its last token is evicted.
+        """
+        waiting = {row: member.token for row, member in self._members.items() if member.token is not None}
+        if waiting:
+            logits = self.decoder.step(waiting)
+            likeliest = logits.argmax(dim=-1).tolist() if self._any_greedy(waiting) else []
+            for row in waiting:
+                self._members[row].stepped(logits[row], likeliest[row] if likeliest else None)
+        made = [(member.session, member.pick()) for member in self._members.values()]
+        for row in [row for row, member in self._members.items() if member.is_done]:
+            self._members.pop(row).leave()
+        return made
+
+    def _any_greedy(self, rows: dict[int, int]) -> bool:
+        return any(self._members[row].sampler.is_greedy for row in rows)
+
+
+class _Member:
+    """One session's generation in the pool: the token that waits for its step, and how many there were."""
+
+    def __init__(self, session: Session, sampler: Sampler, row: int, decoder: Decoder) -> None:
+        self.session, self.sampler = session, sampler
+        self._use = session.generation(decoder, row)
+        self._use.__enter__()
+        self._likeliest: int | None = None
+        self.token: int | None = None
+        self._made = 0
+
+    @property
+    def is_done(self) -> bool:
+        options = self.sampler.options
+        return self._made >= options.max_new_tokens or self.token in options.eos_token_id
+
+    def stepped(self, logits: torch.Tensor, likeliest: int | None) -> None:
+        assert self.token is not None
+        self.session.decoded(self.token, logits)
+        self._likeliest = likeliest
+
+    def pick(self) -> int:
+        greedy = self.sampler.is_greedy and self._likeliest is not None
+        self.token = self._likeliest if greedy else self.session.pick(self.sampler)
+        assert self.token is not None
+        self.session.say(self.token)
+        self._made += 1
+        return self.token
+
+    def leave(self) -> None:
+        self._use.__exit__(None, None, None)
+        self.session.leave_decoder()

@@ -1,0 +1,623 @@
+"""Session: one text of any length behind one small state, to feed, ask, fork, rewind, save and load."""
+
+import threading
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from infini_attention.data.texts import Text, decoded_pieces, token_blocks
+from infini_attention.models import InfiniCache
+from infini_attention.models.cache import InfiniCacheLayer
+from infini_attention.models.compat import CACHE_ARGUMENT
+from infini_attention.models.config import InfiniConfigMixin
+from infini_attention.ops import MemoryState, feature_maps
+from infini_attention.streaming.decoder import Decoder
+from infini_attention.streaming.fingerprint import fingerprint
+from infini_attention.streaming.history import History
+from infini_attention.streaming.prompts import question_turn
+from infini_attention.streaming.sampling import Sampler, SamplingOptions
+from infini_attention.streaming.snapshots import Snapshots
+from infini_attention.streaming.state_file import (
+    OpenSegment,
+    Shapes,
+    Snapshot,
+    StateContents,
+    read_state,
+    write_state,
+)
+
+CHUNK_TOKENS = {"cuda": 65_536, "cpu": 2_048}  # tokens that go through the model at once, about
+MOST_TAIL, MOST_SNAPSHOTS = 2**20, 1_024  # what a state file may hold
+
+Source = str | PathLike[str] | Tensor | Iterable[str] | Iterable[int]
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """What a session holds.
+
+    Attributes:
+        tokens: fed so far.
+        segments: whole ones, which are in memory.
+        open_tokens: tokens after the last whole segment.
+        waiting_tokens: those of them that have not gone through the model yet.
+        state_bytes: of the state, wherever it is.
+        snapshots: tokens to which `rewind` can go back, beside those of the open segment.
+        segment_length: N.
+        device: where the state is.
+        digest: of all tokens up to the last whole segment.
+    """
+
+    tokens: int
+    segments: int
+    open_tokens: int
+    waiting_tokens: int
+    state_bytes: int
+    snapshots: list[int]
+    segment_length: int
+    device: str
+    digest: str
+
+
+class Session:
+    """A text of any length, read once, behind a state of fixed size.
+
+    Tokens go through the model in chunks that end at fixed multiples of `chunk_length` from the start, so how
+    a text was cut into `feed` calls changes nothing, to the last bit. Tokens after the last such place wait
+    until more come, or until something is generated.
+
+    A session is for one thread at a time; a second one is refused with RuntimeError.
+
+    Args:
+        model: an `infini_*` language model with a memory in every layer, in evaluation mode.
+        tokenizer: the model's, a fast one.
+        chunk_length: tokens that go through the model at once, rounded up to whole segments; default about
+            2,048 on a CPU and 65,536 on a GPU. Part of what a bitwise repetition has to repeat.
+        snapshots: how many earlier states to keep for `rewind`, in the host's memory, log-spaced.
+        decoder: where tokens are generated; default one of a single row that all sessions of the model share.
+
+    Raises:
+        ValueError: a model, tokenizer or number that cannot be right.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chunk_length: int | None = None,
+        snapshots: int = 16,
+        decoder: Decoder | None = None,
+    ) -> None:
+        _check_model(model)
+        size: int = model.config.segment_length
+        wanted = CHUNK_TOKENS.get(model.device.type, 2_048) if chunk_length is None else chunk_length
+        if wanted < 1:
+            raise ValueError(f"chunk_length is {chunk_length}; give at least 1")
+        self.model, self.tokenizer = model, tokenizer
+        self.chunk_length = -(-wanted // size) * size
+        self._decoder = decoder
+        self._lock = threading.Lock()
+        self._kept = Snapshots(snapshots)
+        self._start_afresh()
+
+    # --- feeding -----------------------------------------------------------------------------------------
+
+    def feed(self, source: Source, *, progress: Callable[[int], None] | None = None) -> int:
+        """Read on: any length, constant memory.
+
+        Args:
+            source: text, the Path of a UTF-8 file, token ids (list, tensor or any iterable of int), an open
+                text or binary file, or an iterable of pieces of text, which are read as one text. Texts of
+                separate calls are tokenised separately. No special tokens are added.
+            progress: called after every chunk with the tokens fed so far in this call.
+
+        Returns:
+            How many tokens were fed. What was read before an exception (Ctrl-C, a broken file) has been fed.
+
+        Raises:
+            ValueError: ids outside the vocabulary, text that is not UTF-8, an unsupported source.
+            RuntimeError: the session is in use by another thread or a generation.
+        """
+        fed = 0
+        with self._in_use():
+            for ids in self._ids_of(source):
+                self._check_ids(ids)
+                self._waiting = torch.cat([self._waiting, ids])
+                fed += len(ids)
+                self._read_whole_chunks()
+                if progress is not None:
+                    progress(fed)
+        return fed
+
+    def _ids_of(self, source: Any) -> Iterator[Tensor]:
+        if isinstance(source, str):
+            source = [source]
+        elif isinstance(source, PathLike):
+            path = Path(source)
+            if not path.is_file():
+                raise ValueError(f"there is no file {path}; give the path of a text file, or text as str")
+            source = Text(path.name, path).pieces()
+        elif isinstance(source, Tensor):
+            source = source.flatten().tolist()
+        elif hasattr(source, "read"):
+            source = _pieces_of_file(source)
+        first, items = _peek(source)
+        if isinstance(first, str):
+            for block in token_blocks(items, self.tokenizer):
+                yield block.ids
+        elif isinstance(first, int):
+            yield from _batched_ids(items, self.chunk_length)
+        elif first is not None:
+            raise ValueError(f"cannot feed {type(first).__name__}; give text, token ids, a Path or a file")
+
+    def _check_ids(self, ids: Tensor) -> None:
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.model.config.vocab_size:
+            wrong = next(i for i in ids.tolist() if not 0 <= i < self.model.config.vocab_size)
+            raise ValueError(
+                f"token id {wrong} is outside the vocabulary of {self.model.config.vocab_size}; "
+                "use the model's own tokenizer"
+            )
+
+    def _read_whole_chunks(self) -> None:
+        while len(self._waiting) >= (room := self.chunk_length - self._read % self.chunk_length):
+            self._read_on(self._waiting[:room])
+            self._waiting = self._waiting[room:].clone()
+
+    def _read_all(self) -> None:
+        """Let what waits go through the model too."""
+        self._read_whole_chunks()
+        if len(self._waiting):
+            self._read_on(self._waiting)
+            self._waiting = self._waiting[:0]
+
+    @torch.inference_mode()
+    def _read_on(self, ids: Tensor) -> None:
+        """Put `ids` (tokens,) through the model. Interrupted, it leaves everything as it was."""
+        cache = self._own_cache().copy()
+        output = self.model(
+            input_ids=ids[None].to(self.model.device),
+            use_cache=True,
+            logits_to_keep=1,
+            **{CACHE_ARGUMENT: cache},
+        )
+        logits = output.logits[0, -1].clone()
+        self._cache, self._logits = cache, logits
+        self._count(ids.tolist())
+
+    def _count(self, ids: list[int]) -> None:
+        """Take note of tokens that have gone through the model."""
+        self._read += len(ids)
+        self._history.add(ids)
+        if not self._history.opened:
+            self._take_snapshot()
+
+    # --- generating --------------------------------------------------------------------------------------
+
+    def generate(self, **options: Any) -> Generator[int, None, None]:
+        """Yield token ids one by one; each is part of the session's text as soon as it is out.
+
+        Options are transformers': max_new_tokens, do_sample, temperature, top_k, top_p, min_p, typical_p,
+        repetition_penalty, no_repeat_ngram_size, eos_token_id, and `seed`; defaults are those of the model's
+        `generation_config`, and 256 new tokens. An end-of-sequence token is yielded too, and is the last.
+        While the generator is neither finished nor closed, the session refuses everything else.
+
+        Raises:
+            ValueError: unknown options, or nothing was fed yet.
+            RuntimeError: the session is in use by another thread or a generation.
+        """
+        sampler = Sampler(SamplingOptions.of(self.model, options))
+        if not self.tokens:
+            raise ValueError("nothing was fed yet; feed a prompt first")
+        return self._generate(sampler)
+
+    def _generate(self, sampler: Sampler) -> Generator[int, None, None]:
+        decoder = self._decoder = self._decoder or shared_decoder(self.model)
+        with self.generation(decoder, 0):
+            for number in range(sampler.options.max_new_tokens):
+                if number:
+                    row = self._sit_down(decoder, 0)  # another session may have sat there meanwhile
+                    self.decoded(token, decoder.step({row: token})[row])
+                token = self.pick(sampler)
+                self.say(token)
+                yield token
+                if token in sampler.options.eos_token_id:
+                    break
+
+    @contextmanager
+    def generation(self, decoder: Decoder, row: int) -> Iterator[None]:
+        """Hold the session while tokens are generated: what waits is read, then it sits in the `row`.
+
+        Inside, `pick` chooses a token, `say` makes it part of the text, and `decoded` takes note that the
+        decoder has put it through the model. Raises ValueError if nothing was fed yet.
+        """
+        with self._in_use():
+            if not self.tokens:
+                raise ValueError("nothing was fed yet; feed a prompt first")
+            self._read_all()
+            self._sit_down(decoder, row)
+            yield
+
+    def pick(self, sampler: Sampler) -> int:
+        """Choose the token after the last one."""
+        assert self._logits is not None
+        return sampler.pick(self._logits, self._history.opened)
+
+    def say(self, token: int) -> None:
+        """Make `token` part of the text; it has yet to go through the model."""
+        self._waiting = torch.tensor([token])
+
+    def decoded(self, token: int, logits: Tensor) -> None:
+        """Take note that `token` went through the model in the decoder and left `logits` (vocabulary,)."""
+        self._logits, self._waiting = logits.clone(), self._waiting[:0]
+        self._count([token])
+
+    def _sit_down(self, decoder: Decoder, row: int) -> int:
+        if self._seat != (decoder, row):
+            decoder.seat(row, self, self._own_cache())
+            self._seat = decoder, row
+        return row
+
+    def leave_decoder(self) -> None:
+        """Take the state out of the decoder, if it is there."""
+        if self._seat is not None:
+            decoder, row = self._seat
+            decoder.release(row)
+
+    def take_back(self, cache: InfiniCache) -> None:
+        """Called by the decoder when it gives the session's state back."""
+        self._cache, self._seat = cache, None
+
+    def ask(self, question: str, *, remember: bool = False, **options: Any) -> str:
+        """The model's answer to `question`, in the form of the tokenizer's chat template if it has one.
+
+        The session stays as it was, so any number of questions can be asked about the same text; with
+        `remember` question and answer become part of it. `options` are those of `generate`.
+        """
+        answer = list(self.answer(question, remember=remember, **options))
+        text = self.tokenizer.decode(answer, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text.strip()
+
+    def answer(self, question: str, *, remember: bool = False, **options: Any) -> Generator[int, None, None]:
+        """The token ids of `ask`'s answer, one by one."""
+        session = self if remember else self.fork()
+        session.feed(question_turn(self.tokenizer, question, first=not self.tokens))
+        return session.generate(**options)
+
+    # --- going back and forth ----------------------------------------------------------------------------
+
+    def fork(self) -> "Session":
+        """An independent session that goes on from here; cheap, since states are shared until they change."""
+        with self._in_use():
+            return self._forked()
+
+    def _forked(self) -> "Session":
+        branch = Session(
+            self.model, self.tokenizer, chunk_length=self.chunk_length, snapshots=self._kept.most
+        )
+        branch._decoder = self._decoder
+        branch._cache, branch._logits = self._own_cache().copy(), self._logits
+        branch._read, branch._history, branch._waiting = self._read, self._history.copy(), self._waiting
+        branch._kept = self._kept.copy()
+        return branch
+
+    def rewind(self, to_token: int) -> None:
+        """Go back to when `to_token` tokens had been fed.
+
+        Possible within the open segment, and to the snapshots in `info().snapshots`: ends of segments, many of
+        late and fewer of long ago.
+
+        Raises:
+            ValueError: a token that is ahead, or that nothing was kept of; the text lists what was.
+        """
+        with self._in_use():
+            end = self._read - len(self._history.opened)
+            snapshot = self._kept.at(to_token)
+            if end < to_token <= self.tokens:
+                self._go_back(end, self._tail()[: to_token - end])
+            elif snapshot is not None:
+                self._go_back_to(snapshot)
+            elif to_token == 0:
+                self._start_afresh()
+            else:
+                places = ", ".join(map(str, self._kept.places)) or "none"
+                raise ValueError(
+                    f"cannot rewind to token {to_token}; possible are {end + 1} to {self.tokens}, 0, and the "
+                    f"snapshots: {places}"
+                )
+            self._kept.forget_after(to_token)
+
+    def _go_back(self, end: int, tail: list[int]) -> None:
+        """To the `tail` after the last whole segment, which ended at token `end`; it is read again."""
+        cache = self._own_cache()
+        self._cache = _cache_of(self.model, *_committed(self.model, cache), tokens=end) if end else None
+        self._read, self._waiting = end, torch.tensor(tail)
+        self._history.opened, self._logits = [], None
+
+    def _go_back_to(self, snapshot: Snapshot) -> None:
+        self._start_afresh()
+        self._cache = _cache_of(self.model, snapshot.memory, snapshot.normalizer, tokens=snapshot.tokens)
+        self._logits = snapshot.logits.to(self.model.device)
+        self._read, self._history.digest = snapshot.tokens, snapshot.digest
+
+    def reset(self) -> None:
+        """Forget everything."""
+        with self._in_use():
+            self._start_afresh()
+            self._kept.forget_after(0)
+
+    def park(self) -> None:
+        """Move the state to the host's memory; whatever is done next brings it back."""
+        with self._in_use():
+            self._own_cache().to("cpu")
+
+    # --- files -------------------------------------------------------------------------------------------
+
+    def save(self, path: str | PathLike[str], *, exact: bool = False, snapshots: bool = False) -> int:
+        """Write the state to a safetensors file, whole or not at all; returns its size in bytes.
+
+        Args:
+            path: of the file; an older one is replaced.
+            exact: keep the open segment as it was computed, so that the loaded session goes on bit for bit.
+                Otherwise the file has the memory at the last segment's end and the ids of the tokens since,
+                a few MB whatever the length of the text; these tokens are then read again.
+            snapshots: keep those of `rewind` too.
+
+        Raises:
+            ValueError: a path that cannot be written, in words.
+        """
+        with self._in_use():
+            return write_state(path, self._contents(exact, snapshots))
+
+    def _contents(self, exact: bool, snapshots: bool) -> StateContents:
+        cache, tail = self._own_cache(), self._tail()
+        memory, normalizer = _committed(self.model, cache)
+        opened = None
+        if exact and self._history.opened:
+            names = ("pending_memory", "pending_normalizer", "local_key", "local_value")
+            layers = {name: [getattr(state, name)[0] for state in _states(cache)] for name in names}
+            opened = OpenSegment(**{name: torch.stack(parts) for name, parts in layers.items()})
+        return StateContents(
+            fingerprint=fingerprint(self.model, self.tokenizer),
+            tokens=self.tokens,
+            digest=self._history.digest,
+            memory=memory,
+            normalizer=normalizer,
+            tail=torch.tensor(tail, dtype=torch.int32),
+            logits=self._logits if opened is not None or not tail else None,
+            open_segment=opened,
+            snapshots=self._kept.all() if snapshots else [],
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | PathLike[str],
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        **settings: Any,
+    ) -> "Session":
+        """The session of a file that `save` wrote; `settings` are those of the constructor.
+
+        Raises:
+            ValueError: the file is of another model, tokenizer or setting (the text says what differs), or is
+                damaged, too large, a link, or no state at all.
+        """
+        session = cls(model, tokenizer, **settings)
+        contents = read_state(path, fingerprint(model, tokenizer), _shapes(model))
+        session._take_over(contents)
+        return session
+
+    def _take_over(self, contents: StateContents) -> None:
+        tail, opened = contents.tail.tolist(), contents.open_segment
+        read = 0 if opened is None else opened.local_key.shape[2]
+        end = contents.tokens - len(tail)
+        self._read, self._waiting = end + read, torch.tensor(tail[read:], dtype=torch.int64)
+        self._history = History(self.model.config.segment_length, contents.digest, tail[:read])
+        if self._read:
+            self._cache = _cache_of(
+                self.model, contents.memory, contents.normalizer, tokens=self._read, opened=opened
+            )
+        if contents.logits is not None:
+            self._logits = contents.logits.to(self.model.device)
+        for snapshot in contents.snapshots:
+            self._kept.add(snapshot)
+
+    # --- looking -----------------------------------------------------------------------------------------
+
+    @property
+    def tokens(self) -> int:
+        """Tokens fed so far, those that wait included."""
+        return self._read + len(self._waiting)
+
+    @property
+    def history(self) -> History:
+        """All tokens fed so far, as a few bytes to compare."""
+        history = self._history.copy()
+        history.add(self._waiting.tolist())
+        return history
+
+    def info(self) -> SessionInfo:
+        """What the session holds."""
+        cache, end = self._cache, self._read - len(self._history.opened)
+        place, size = self.model.device, 0
+        if self._seat is not None:
+            size = self._seat[0].row_nbytes
+        elif cache is not None and (states := _states(cache)):
+            place, size = states[0].memory.device, cache.nbytes
+        return SessionInfo(
+            tokens=self.tokens,
+            segments=end // self.model.config.segment_length,
+            open_tokens=self.tokens - end,
+            waiting_tokens=len(self._waiting),
+            state_bytes=size,
+            snapshots=self._kept.places,
+            segment_length=self.model.config.segment_length,
+            device=str(place),
+            digest=self._history.digest,
+        )
+
+    # --- inside ------------------------------------------------------------------------------------------
+
+    _cache: InfiniCache | None = None
+    _seat: tuple[Decoder, int] | None = None
+    """Where the state is: here or in a decoder."""
+
+    def _start_afresh(self) -> None:
+        self.leave_decoder()
+        self._cache = None
+        self._logits: Tensor | None = None
+        self._read = 0  # tokens that have gone through the model
+        self._history = History(self.model.config.segment_length)  # of those tokens
+        self._waiting = torch.empty(0, dtype=torch.int64)  # tokens that have not
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                "the session is in use by another thread or by a generation that has not ended; "
+                "finish or close it, or fork() beforehand"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _tail(self) -> list[int]:
+        """Ids of the tokens since the last segment that has gone through the model whole."""
+        return self._history.opened + self._waiting.tolist()
+
+    def _own_cache(self) -> InfiniCache:
+        """The state, out of the decoder and on the model's device."""
+        self.leave_decoder()
+        if self._cache is None:
+            self._cache = InfiniCache(self.model.config)
+        self._cache.to(self.model.device)
+        return self._cache
+
+    def _take_snapshot(self) -> None:
+        if not self._kept.most:
+            return
+        memory, normalizer = (
+            _committed(self.model, self._cache)
+            if self._seat is None
+            else self._seat[0].committed(self._seat[1])
+        )
+        assert self._logits is not None
+        self._kept.add(Snapshot(self._read, self._history.digest, memory, normalizer, self._logits))
+
+
+_DECODERS: "weakref.WeakKeyDictionary[PreTrainedModel, Decoder]" = weakref.WeakKeyDictionary()
+
+
+def shared_decoder(model: PreTrainedModel) -> Decoder:
+    """The decoder of one row that sessions of `model` share; one sits in it at a time."""
+    if model not in _DECODERS:
+        _DECODERS[model] = Decoder(model)
+    return _DECODERS[model]
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    config = model.config
+    if not isinstance(config, InfiniConfigMixin):
+        raise ValueError(f"{type(model).__name__} has no memory; give a model that retrofit() made")
+    lacking = sorted(set(range(config.num_hidden_layers)) - set(config.infini_layers or []))  # type: ignore[attr-defined]
+    if lacking:
+        raise ValueError(
+            f"layers {lacking} have no memory and keep keys and values of their own, which grow; retrofit all "
+            "layers (layers=None, and a segment_length of at most their sliding window)"
+        )
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval()")
+
+
+def _states(cache: InfiniCache) -> list[MemoryState]:
+    return [layer.state for layer in cache.layers if isinstance(layer, InfiniCacheLayer) and layer.state]
+
+
+def _shapes(model: PreTrainedModel) -> Shapes:
+    config: Any = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shapes(
+        layers=config.num_hidden_layers,
+        kv_heads=config.num_key_value_heads,
+        feature_dim=feature_maps.get(config.feature_map).feature_dim(head_dim),
+        head_dim=head_dim,
+        value_dim=head_dim,
+        vocab_size=config.vocab_size,
+        most_tail=MOST_TAIL,
+        most_snapshots=MOST_SNAPSHOTS,
+    )
+
+
+def _committed(model: PreTrainedModel, cache: InfiniCache | None) -> tuple[Tensor, Tensor]:
+    """Memory (layers, kv_heads, feature_dim, value_dim) and normalizer (layers, kv_heads, feature_dim)."""
+    states = [] if cache is None else _states(cache)
+    if states:
+        return torch.stack([s.memory[0] for s in states]), torch.stack([s.normalizer[0] for s in states])
+    shapes = _shapes(model)
+    sizes = shapes.layers, shapes.kv_heads, shapes.feature_dim
+    return torch.zeros(*sizes, shapes.value_dim), torch.zeros(sizes)
+
+
+def _cache_of(
+    model: PreTrainedModel,
+    memory: Tensor,
+    normalizer: Tensor,
+    *,
+    tokens: int,
+    opened: OpenSegment | None = None,
+) -> InfiniCache:
+    """A cache of one sequence of `tokens` tokens on the model's device: `_committed`'s, and what is open."""
+    shapes, device = _shapes(model), model.device
+    memory, normalizer = memory.to(device), normalizer.to(device)
+    if opened is None:
+        nothing = torch.zeros(shapes.layers, shapes.kv_heads, 0, shapes.head_dim, dtype=model.dtype)
+        opened = OpenSegment(torch.zeros_like(memory), torch.zeros_like(normalizer), nothing, nothing)
+    cache = InfiniCache(model.config)
+    for number, layer in enumerate(cache.layers):
+        assert isinstance(layer, InfiniCacheLayer)
+        state = MemoryState(
+            memory=memory[number, None],
+            normalizer=normalizer[number, None],
+            pending_memory=opened.pending_memory[number, None].to(device),
+            pending_normalizer=opened.pending_normalizer[number, None].to(device),
+            local_key=opened.local_key[number, None].to(device),
+            local_value=opened.local_value[number, None].to(device),
+            length=torch.tensor([tokens]),
+            segment_length=model.config.segment_length,
+        )
+        layer.advance(state, tokens)
+    return cache
+
+
+def _pieces_of_file(file: Any) -> Iterator[str]:
+    """The text of an open file, binary (UTF-8) or text."""
+    pieces = iter(lambda: file.read(1 << 16), file.read(0))
+    first, pieces = _peek(pieces)
+    return (
+        decoded_pieces(pieces, name=getattr(file, "name", "the file")) if isinstance(first, bytes) else pieces
+    )
+
+
+def _peek(items: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
+    """The first item, None if there is none, and all of them."""
+    iterator = iter(items)
+    first = list(islice(iterator, 1))
+    return (first[0] if first else None), chain(first, iterator)
+
+
+def _batched_ids(ids: Iterable[int], size: int) -> Iterator[Tensor]:
+    iterator = iter(ids)
+    while batch := list(islice(iterator, size)):
+        yield torch.tensor(batch, dtype=torch.int64)

@@ -1,0 +1,83 @@
+import pytest
+import torch
+from torch import Tensor
+
+from infini_attention.ops import MemoryState, infini_attention
+from infini_attention.ops.step import StepBuffers, infini_attention_step
+
+SEGMENT, HEADS, KV_HEADS, DIM = 4, 4, 2, 6
+
+
+def tokens(length: int, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(heads: int) -> Tensor:
+        return torch.randn(1, heads, length, DIM, generator=generator, dtype=torch.float64)
+
+    tensors = {name: randn(HEADS) for name in ("query", "local_query")}
+    tensors |= {name: randn(KV_HEADS) for name in ("key", "local_key", "value")}
+    return tensors
+
+
+def piece(tensors: dict[str, Tensor], part: slice) -> dict[str, Tensor]:
+    return {name: x[:, :, part] for name, x in tensors.items()}
+
+
+def batch(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([one[name] for one in pieces]) for name in pieces[0]}
+
+
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+@pytest.mark.parametrize("empty_memory", ["local", "gated"])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("width", [None, SEGMENT - 1])
+def test_steps_equal_the_function_for_rows_at_different_places(
+    update_rule: str, empty_memory: str, softcap: float | None, width: int | None
+) -> None:
+    gate = torch.randn(HEADS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    settings = {"update_rule": update_rule, "empty_memory": empty_memory, "softcap": softcap}
+    texts, starts, steps = [tokens(20, seed) for seed in range(3)], [0, 5, 10], 7
+    buffers = StepBuffers.empty(1, 3, KV_HEADS, DIM, DIM, segment_length=SEGMENT, dtype=torch.float64)
+    states: list[MemoryState | None] = [None, None, None]
+    for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
+        if start:
+            _, states[row] = infini_attention(
+                **piece(text, slice(start)), gate=gate, segment_length=SEGMENT, **settings
+            )
+            buffers.load(row, [states[row]])
+    places = list(starts)
+    buffers.active[:] = True
+    for number in range(steps):
+        buffers.active[1] = number != 3  # a row that sits one out
+        news = [piece(text, slice(place, place + 1)) for text, place in zip(texts, places, strict=True)]
+        narrow = width if all(place % SEGMENT < SEGMENT - 1 for place in places) else None
+        output = infini_attention_step(
+            **batch(news), gate=gate, buffers=buffers, layer=0, scale=DIM**-0.5, width=narrow, **settings
+        )
+        buffers.advance()
+        for row in range(3):
+            if not buffers.active[row]:
+                continue
+            expected, states[row] = infini_attention(
+                **news[row], gate=gate, segment_length=SEGMENT, state=states[row], **settings
+            )
+            assert torch.allclose(output[row : row + 1], expected, atol=1e-12)
+            places[row] += 1
+            if places[row] % SEGMENT == 0:
+                buffers.commit([row])
+    for row in range(3):
+        (stored,) = buffers.store(row, places[row])
+        for name in vars(stored):
+            if name != "segment_length":
+                assert torch.allclose(
+                    getattr(stored, name).double(), getattr(states[row], name).double(), atol=1e-12
+                ), name
+
+
+def test_a_loaded_row_holds_nothing_of_its_predecessor() -> None:
+    buffers = StepBuffers.empty(2, 1, KV_HEADS, DIM, DIM, segment_length=SEGMENT, dtype=torch.float64)
+    for name in ("memory", "normalizer", "pending_memory", "pending_normalizer", "local_key", "local_value"):
+        getattr(buffers, name).fill_(float("nan"))
+    empty = MemoryState.empty(1, KV_HEADS, DIM, DIM, segment_length=SEGMENT, dtype=torch.float64)
+    buffers.load(0, [empty, empty])
+    assert not any(torch.isnan(x).any() for x in vars(buffers).values())
