@@ -2,6 +2,7 @@ import random
 from collections.abc import Callable
 
 import pytest
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from infini_attention.streaming import Decoder, Session, SessionPool
 
@@ -78,23 +79,29 @@ def test_sampling_in_a_pool_equals_sampling_alone(make_session: MakeSession) -> 
     assert [token for _ in range(15) for member, token in pool.step() if member is session] == expected
 
 
-def test_a_thousand_sessions_never_show_each_others_text(make_session: MakeSession) -> None:
+def test_a_thousand_sessions_never_show_each_others_text(
+    make_model: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedTokenizerFast
+) -> None:
     """Random feeds, forks, parks, generations and drops; each session is compared with one that was alone."""
     chance = random.Random(0)
-    model = make_session().model
+    model = make_model(update_rule="delta")
     pool = SessionPool(Decoder(model, rows=5))
+
+    def make_session() -> Session:
+        return Session(model, tokenizer, chunk_length=16, snapshots=0)
+
     live: list[tuple[Session, list[int]]] = []  # a session, and all tokens of its text
     made, checked = 0, 0
     while made < 1000 or live:
         if made < 1000 and len(live) < 12:
             text = words(chance.randint(1, 40), made)
-            session = make_session(snapshots=0)
+            session = make_session()
             session.feed(text)
             live.append((session, text))
             made += 1
         number = chance.randrange(len(live))
         session, text = live[number]
-        act = chance.choice(["feed", "fork", "park", "generate", "drop"])
+        (act,) = chance.choices(["feed", "fork", "park", "generate", "drop"], [4, 1, 1, 1, 8])
         if act == "feed":
             more = words(chance.randint(1, 12), chance.randrange(10**6))
             session.feed(more)
@@ -106,18 +113,18 @@ def test_a_thousand_sessions_never_show_each_others_text(make_session: MakeSessi
         elif act == "generate":
             group = chance.sample(live, min(len(live), 5))
             for member, _ in group:
-                pool.admit(member, max_new_tokens=3, **GREEDY)
+                pool.admit(member, max_new_tokens=2, **GREEDY)
             by_session = {id(member): member_text for member, member_text in group}
             while len(pool):
                 for member, token in pool.step():
                     by_session[id(member)].append(token)
         elif act == "drop" or made == 1000:
-            if chance.random() < 0.2:  # alone from the start, it says the same
-                alone = make_session(snapshots=0)
+            if chance.random() < 0.1:  # alone from the start, it says the same
+                alone = make_session()
                 alone.feed(text)
                 assert alone.history == session.history
                 ours = list(session.generate(max_new_tokens=4, **GREEDY))
                 assert ours == list(alone.generate(max_new_tokens=4, **GREEDY))
                 checked += 1
             del live[number]
-    assert checked > 100
+    assert checked > 50
