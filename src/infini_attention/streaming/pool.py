@@ -76,8 +76,9 @@ class _Member:
 
     def __init__(self, session: Session, sampler: Sampler, row: int, decoder: Decoder) -> None:
         self.session, self.sampler = session, sampler
-        self._use = session.generation(decoder, row)
+        self._use = session.generation()
         self._use.__enter__()
+        session.sit_down(decoder, row)
         self._likeliest: int | None = None
         self.token: int | None = None
         self._made = 0

@@ -148,7 +148,10 @@ class Session:
                 raise ValueError(f"there is no file {path}; give the path of a text file, or text as str")
             source = Text(path.name, path).pieces()
         elif isinstance(source, Tensor):
-            source = source.flatten().tolist()
+            if source.is_floating_point():
+                raise ValueError(f"cannot feed a tensor of {source.dtype}; give token ids")
+            yield from source.flatten().to("cpu", torch.int64).split(self.chunk_length)
+            return
         elif hasattr(source, "read"):
             source = _pieces_of_file(source)
         first, items = _peek(source)
@@ -222,11 +225,11 @@ class Session:
 
     def _generate(self, sampler: Sampler) -> Generator[int, None, None]:
         decoder = self._decoder = self._decoder or shared_decoder(self.model)
-        with self.generation(decoder, 0):
+        with self.generation():
             for number in range(sampler.options.max_new_tokens):
                 if number:
-                    row = self._sit_down(decoder, 0)  # another session may have sat there meanwhile
-                    self.decoded(token, decoder.step({row: token})[row])
+                    self.sit_down(decoder, 0)  # another session may have sat there meanwhile
+                    self.decoded(token, decoder.step({0: token})[0])
                 token = self.pick(sampler)
                 self.say(token)
                 yield token
@@ -234,17 +237,16 @@ class Session:
                     break
 
     @contextmanager
-    def generation(self, decoder: Decoder, row: int) -> Iterator[None]:
-        """Hold the session while tokens are generated: what waits is read, then it sits in the `row`.
+    def generation(self) -> Iterator[None]:
+        """Hold the session while tokens are generated; what waits is read first.
 
-        Inside, `pick` chooses a token, `say` makes it part of the text, and `decoded` takes note that the
-        decoder has put it through the model. Raises ValueError if nothing was fed yet.
+        Inside, `pick` chooses a token, `say` makes it part of the text, and `decoded` takes note that a
+        decoder, in which the session sits, has put it through the model. Raises ValueError if nothing was fed.
         """
         with self._in_use():
             if not self.tokens:
                 raise ValueError("nothing was fed yet; feed a prompt first")
             self._read_all()
-            self._sit_down(decoder, row)
             yield
 
     def pick(self, sampler: Sampler) -> int:
@@ -261,11 +263,11 @@ class Session:
         self._logits, self._waiting = logits.clone(), self._waiting[:0]
         self._count([token])
 
-    def _sit_down(self, decoder: Decoder, row: int) -> int:
+    def sit_down(self, decoder: Decoder, row: int) -> None:
+        """Put the state into the decoder's row, if it is not there."""
         if self._seat != (decoder, row):
             decoder.seat(row, self, self._own_cache())
             self._seat = decoder, row
-        return row
 
     def leave_decoder(self) -> None:
         """Take the state out of the decoder, if it is there."""
