@@ -406,7 +406,7 @@ def _parser() -> ArgumentParser:
         summary = (function.__doc__ or "").splitlines()[0]
         subparser = ArgumentParser(description=summary)
         groups = _groups(function)
-        special = {"json", "output", *groups}
+        special: set[str | int] = {"json", "output", *groups}
         subparser.add_function_arguments(function, as_group=False, as_positional=True, skip=special)
         for group in groups.values():
             subparser.add_class_arguments(group, as_group=False)

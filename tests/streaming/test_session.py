@@ -313,7 +313,10 @@ def test_mistakes_are_named(
     with pytest.raises(ValueError, match="nothing was fed yet"):
         session.generate()
     with pytest.raises(ValueError, match="has no memory"):
-        Session(LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, vocab_size=64, hidden_size=32)).eval(), tokenizer)
+        Session(
+            LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, vocab_size=64, hidden_size=32)).eval(),
+            tokenizer,
+        )
     with pytest.raises(ValueError, match="chunk_length is 0"):
         make_session(chunk_length=0)
     with pytest.raises(ValueError, match="cannot rewind to token 5"):

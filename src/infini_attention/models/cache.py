@@ -105,7 +105,8 @@ class InfiniCache(DynamicCache):
 
     def to(self, device: torch.device | str) -> "InfiniCache":
         """Move every tensor to `device`, in place."""
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             if isinstance(layer, InfiniCacheLayer):
                 layer.state = None if layer.state is None else layer.state.to(device)
             elif layer.is_initialized:
@@ -121,7 +122,7 @@ class InfiniCache(DynamicCache):
 class InfiniStepCache(InfiniCache):
     """A cache of fixed shapes for steps of one token a row; every layer has a memory.
 
-    A forward call with it takes (rows, 1) ids, changes `buffers` in place and plans nothing on the host, so it
+    A forward call with it takes (rows, 1) ids, changes `buffers` in place and plans nothing on the host: it
     can be captured or compiled. The caller marks active rows and commits segments; see `ops.step`.
 
     Args:
@@ -134,14 +135,7 @@ class InfiniStepCache(InfiniCache):
 
     def __init__(self, config: Any, buffers: StepBuffers) -> None:
         super().__init__(config)
-        lacking = [
-            index for index, layer in enumerate(self.layers) if not isinstance(layer, InfiniCacheLayer)
-        ]
-        if lacking:
-            raise ValueError(
-                f"layers {lacking} have no memory and keep keys and values of their own, which grow; retrofit "
-                "all layers (layers=None, and a segment_length of at most their sliding window)"
-            )
+        config.check_every_layer_has_memory()
         self.buffers = buffers
         self.width: int | None = None
 

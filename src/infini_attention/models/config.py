@@ -62,6 +62,15 @@ class InfiniConfigMixin:
             )
         self._check_layers()
 
+    def check_every_layer_has_memory(self) -> None:
+        """Raise ValueError where a layer keeps keys and values of its own, so that a state would grow."""
+        lacking = sorted(set(range(self._layers)) - set(self.infini_layers or []))
+        if lacking:
+            raise ValueError(
+                f"layers {lacking} have no memory and keep keys and values of their own, which grow; "
+                "retrofit all layers (layers=None, and a segment_length of at most their sliding window)"
+            )
+
     @property
     def _layers(self) -> int:
         return self.num_hidden_layers  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ def load_reader(
 ) -> tuple[Any, bool]:
     """The model called `name`, ready to read, and whether it was retrofitted just now.
 
-    `settings` are those of `retrofit`, of which `segment_length` is 512 by default; None stands for a default.
+    `settings` are those of `retrofit`, with `segment_length` 512 by default; None stands for a default.
     Raises ValueError where there are any for a model that has memories already.
     """
     given = {key: value for key, value in settings.items() if value is not None}

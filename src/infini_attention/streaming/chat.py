@@ -17,7 +17,7 @@ def text_pieces(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> Itera
     """The text of `ids` as they come, piece by piece, without special tokens."""
     stream = DecodeStream(skip_special_tokens=True)
     for token in ids:
-        piece = stream.step(tokenizer.backend_tokenizer, token)  # type: ignore[attr-defined]
+        piece = stream.step(tokenizer.backend_tokenizer, token)
         if piece:
             yield piece
 

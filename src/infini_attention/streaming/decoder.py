@@ -134,7 +134,7 @@ class Decoder:
         return logits
 
     def _capture(self) -> None:
-        """Capture the step. Warming up leaves no trace: no row is active, and places in use stay as they are."""
+        """Capture the step. Warming up leaves no trace: no row is active, places in use stay as they are."""
         active = self.buffers.active.clone()
         self.buffers.active.zero_()
         stream = torch.cuda.Stream(self._ids.device)

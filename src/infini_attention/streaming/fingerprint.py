@@ -3,24 +3,33 @@
 import hashlib
 import json
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from itertools import chain
 from typing import Any
 
+import tokenizers
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BLOCK = 2**22  # elements of a tensor that are summed at once
-MULTIPLIER, OFFSET = 0x9E3779B97F4A7C15 - 2**64, 0x2545F4914F6CDD1D
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+BLOCK = 2**18  # words of 8 bytes that are summed at once: 2 MiB, which stay in a core's cache
+MIXERS = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9  # odd, with bits all over
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What must be the same for a state to make sense; hashes in hexadecimal.
+    """What must be the same for a state to make sense.
 
-    `weights` changes with any bit of any parameter or buffer; `adapter` names the active PEFT adapters.
+    Attributes:
+        model_type: of the model's config.
+        weights: hexadecimal; changes with any bit of any parameter or persistent buffer, not with the device.
+        adapter: names of the active PEFT adapters joined by ",", or "none".
+        tokenizer: hexadecimal, of all that decides which ids a text becomes.
+        segment_length: N.
+        update_rule: of the memory.
+        feature_map: of the memory.
+        empty_memory: how a head reads a memory that holds nothing yet.
+        dtype: of the model, such as "bfloat16".
     """
 
     model_type: str
@@ -34,18 +43,25 @@ class Fingerprint:
     dtype: str
 
     def differences(self, other: "Fingerprint") -> list[str]:
-        """In words, what is not the same in a file (`self`) and here (`other`)."""
-        names = [field.name for field in fields(self)]
-        pairs = [(name, getattr(self, name), getattr(other, name)) for name in names]
+        """In words, what is not the same in a file (`self`) and here (`other`); empty if all is."""
         return [
             f"{name} is {_short(theirs)} in the file and {_short(ours)} here"
-            for name, theirs, ours in pairs
+            for name, theirs, ours in (
+                (f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
+            )
             if theirs != ours
         ]
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
-    """The fingerprint of a model with memory and its tokenizer; remembered until a weight changes."""
+    """The fingerprint of a model with memory and its tokenizer.
+
+    Hashes are remembered until a weight is replaced or changed in place. Changes that torch does not count,
+    as through `parameter.data`, go unnoticed while the model object lives.
+
+    Raises:
+        ValueError: weights without data (on the meta device).
+    """
     config: Any = model.config
     return Fingerprint(
         model_type=config.model_type,
@@ -60,62 +76,109 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> F
     )
 
 
+# --- weights ---------------------------------------------------------------------------------------------
+
 _WEIGHTS: "weakref.WeakKeyDictionary[PreTrainedModel, tuple[Any, str]]" = weakref.WeakKeyDictionary()
-_TOKENIZERS: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
 
 
 def _weights(model: PreTrainedModel) -> str:
-    tensors = sorted(chain(model.named_parameters(), model.named_buffers()))
-    versions = [
-        (name, tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for name, tensor in tensors
-    ]
+    tensors = {name: x for name, x in model.state_dict(keep_vars=True).items() if isinstance(x, Tensor)}
+    state = _state_of(tensors)
     known = _WEIGHTS.get(model)
-    if known is None or known[0] != versions:
-        digest = hashlib.sha256()
-        sums = torch.stack([_checksum(tensor.detach()).cpu() for _, tensor in tensors]).tolist()
-        for (name, tensor), total in zip(tensors, sums, strict=True):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total};".encode())
-        known = _WEIGHTS[model] = versions, digest.hexdigest()
+    if known is None or state is None or known[0] != state:
+        known = _WEIGHTS[model] = state, _hash_of(tensors)
     return known[1]
 
 
-def _checksum(x: Tensor) -> Tensor:
-    """The bits of `x` in two numbers: sums modulo 2 ** 64 of its elements, weighted by where they stand.
+def _state_of(tensors: dict[str, Tensor]) -> list[tuple[str, int, int]] | None:
+    """What changes when a tensor is replaced or changed in place; None where torch keeps no count of that."""
+    if any(x.is_inference() for x in tensors.values()):
+        return None
+    return [(name, x.data_ptr(), x._version) for name, x in tensors.items()]
 
-    Integers, so that the order of summation, and with it the device, changes nothing. Weights are odd, so that
-    no change of one element goes unnoticed.
+
+def _hash_of(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    sums: dict[int, bytes] = {}  # by the tensor's id, since tied weights have several names
+    factors: dict[torch.device, Tensor] = {}
+    for name, x in tensors.items():
+        if x.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no data; load the model's weights first")
+        if x.device not in factors:
+            factors[x.device] = _factors(x.device)
+        if id(x) not in sums:
+            sums[id(x)] = _checksums(x.detach(), factors[x.device])
+        digest.update(f"{name} {tuple(x.shape)} {x.dtype} ".encode() + sums[id(x)])
+    return digest.hexdigest()
+
+
+def _checksums(x: Tensor, factors: Tensor) -> bytes:
+    """The bits of `x` in 8 bytes for every BLOCK of its words: their sum modulo 2 ** 64, each times a factor.
+
+    Integers, so that neither the order of summation nor the device changes anything. Factors are odd, so that
+    no change of a single word can go unnoticed.
     """
-    bits = (
-        x.contiguous().view(-1).view(INTEGERS[x.element_size()])
-        if x.dtype != torch.bool
-        else x.view(-1).int()
-    )
-    total = torch.zeros(2, dtype=torch.int64, device=x.device)
-    for start in range(0, len(bits), BLOCK):
-        part = bits[start : start + BLOCK].long()
-        place = torch.arange(start, start + len(part), device=x.device)
-        weights = (place * MULTIPLIER) | 1
-        total[0] += (part * weights).sum()
-        total[1] += ((part ^ OFFSET) * (weights.roll(1) ^ place * 2)).sum()
-    return total
+    sums = [(words * factors[: len(words)]).sum() for words in _blocks_of_words(x)]
+    return torch.stack(sums).cpu().numpy().tobytes() if sums else b""
+
+
+def _blocks_of_words(x: Tensor) -> Iterator[Tensor]:
+    """The bytes of `x` as int64, BLOCK at a time; the last ones filled up with zeros."""
+    data = x.contiguous().view(-1).view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()
+    whole = len(data) // 8 * 8
+    if whole:
+        yield from data[:whole].view(torch.int64).split(BLOCK)
+    if whole < len(data):
+        yield torch.nn.functional.pad(data[whole:], (0, 8 - len(data) + whole)).view(torch.int64)
+
+
+def _factors(device: torch.device) -> Tensor:
+    """(BLOCK,) odd int64 without a pattern, so that changes of several words do not cancel."""
+    mixed = torch.arange(1, BLOCK + 1, device=device) * MIXERS[0]
+    mixed = (mixed ^ (mixed >> 29)) * MIXERS[1]
+    return (mixed ^ (mixed >> 32)) | 1
+
+
+# --- adapters and tokenizers -----------------------------------------------------------------------------
 
 
 def _adapter(model: Any) -> str:
-    active = getattr(model, "active_adapters", None)
+    active = getattr(model, "active_adapters", None)  # a property of PEFT's models, a method of transformers'
     try:
         names = active() if callable(active) else active
-    except (ValueError, ImportError):  # how transformers says that there is none
+    except ValueError:  # how transformers says that there is none
         return "none"
-    return ",".join(names) if names else "none"
+    if not names or _are_disabled(model):
+        return "none"
+    return names if isinstance(names, str) else ",".join(names)
+
+
+def _are_disabled(model: PreTrainedModel) -> bool:
+    return any(getattr(module, "disable_adapters", None) is True for module in model.modules())
+
+
+_TOKENIZERS: "weakref.WeakKeyDictionary[Any, tuple[Any, str]]" = weakref.WeakKeyDictionary()
 
 
 def _tokenizer(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = id(backend), len(tokenizer)  # adding tokens changes the second
     known = _TOKENIZERS.get(tokenizer)
-    if known is None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        text = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
-        known = _TOKENIZERS[tokenizer] = hashlib.sha256(text.encode()).hexdigest()
-    return known
+    if known is None or known[0] != state:
+        text = json.dumps(_description(tokenizer, backend), sort_keys=True)
+        known = _TOKENIZERS[tokenizer] = state, hashlib.sha256(text.encode()).hexdigest()
+    return known[1]
+
+
+def _description(tokenizer: Any, backend: Any) -> dict[str, Any]:
+    if not isinstance(backend, tokenizers.Tokenizer):
+        return dict(tokenizer.get_vocab())
+    description = json.loads(backend.to_str())
+    for changes_with_every_call in ("truncation", "padding"):
+        description.pop(changes_with_every_call, None)
+    return dict(description)
 
 
 def _short(value: object) -> str:

@@ -57,47 +57,39 @@ class SessionPool:
         A session that has had its last token is evicted.
         """
         waiting = {row: member.token for row, member in self._members.items() if member.token is not None}
+        likeliest: list[int] = []
         if waiting:
             logits = self.decoder.step(waiting)
-            likeliest = logits.argmax(dim=-1).tolist() if self._any_greedy(waiting) else []
+            likeliest = logits.argmax(dim=-1).tolist()  # once for all: each would wait for the GPU
             for row in waiting:
-                self._members[row].stepped(logits[row], likeliest[row] if likeliest else None)
-        made = [(member.session, member.pick()) for member in self._members.values()]
+                self._members[row].session.decoded(logits[row])
+        made = [
+            (member.session, member.pick(likeliest[row] if row in waiting else None))
+            for row, member in self._members.items()
+        ]
         for row in [row for row, member in self._members.items() if member.is_done]:
             self._members.pop(row).leave()
         return made
 
-    def _any_greedy(self, rows: dict[int, int]) -> bool:
-        return any(self._members[row].sampler.is_greedy for row in rows)
-
 
 class _Member:
-    """One session's generation in the pool: the token that waits for its step, and how many there were."""
+    """One session's generation in the pool: its last token, and how many there were."""
 
     def __init__(self, session: Session, sampler: Sampler, row: int, decoder: Decoder) -> None:
         self.session, self.sampler = session, sampler
+        self.token: int | None = None
+        self._made = 0
         self._use = session.generation()
         self._use.__enter__()
         session.sit_down(decoder, row)
-        self._likeliest: int | None = None
-        self.token: int | None = None
-        self._made = 0
 
     @property
     def is_done(self) -> bool:
         options = self.sampler.options
         return self._made >= options.max_new_tokens or self.token in options.eos_token_id
 
-    def stepped(self, logits: torch.Tensor, likeliest: int | None) -> None:
-        assert self.token is not None
-        self.session.decoded(self.token, logits)
-        self._likeliest = likeliest
-
-    def pick(self) -> int:
-        greedy = self.sampler.is_greedy and self._likeliest is not None
-        self.token = self._likeliest if greedy else self.session.pick(self.sampler)
-        assert self.token is not None
-        self.session.say(self.token)
+    def pick(self, likeliest: int | None) -> int:
+        self.token = self.session.pick(self.sampler, likeliest)
         self._made += 1
         return self.token
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -92,8 +92,8 @@ class Sampler:
         """The next token's id from `logits` (vocabulary,), given the ids `seen` of late."""
         if self.is_greedy:
             return int(logits.argmax())
-        ids = torch.tensor([list(seen)], dtype=torch.int64)
-        scores = self._processors(ids, logits[None].float().cpu())
+        ids: Any = torch.tensor([list(seen)], dtype=torch.int64)
+        scores = self._processors(ids, cast(Any, logits[None].float().cpu()))
         if not self.options.do_sample:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._random))

@@ -2,43 +2,35 @@
 
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from infini_attention.data.texts import Text, decoded_pieces, token_blocks
 from infini_attention.models import InfiniCache
-from infini_attention.models.cache import InfiniCacheLayer
 from infini_attention.models.compat import CACHE_ARGUMENT
-from infini_attention.models.config import InfiniConfigMixin
-from infini_attention.ops import MemoryState, feature_maps
 from infini_attention.streaming.decoder import Decoder
 from infini_attention.streaming.fingerprint import fingerprint
 from infini_attention.streaming.history import History
 from infini_attention.streaming.prompts import question_turn
 from infini_attention.streaming.sampling import Sampler, SamplingOptions
 from infini_attention.streaming.snapshots import Snapshots
+from infini_attention.streaming.sources import Source, token_ids
 from infini_attention.streaming.state_file import (
     OpenSegment,
-    Shapes,
     Snapshot,
     StateContents,
     read_state,
     write_state,
 )
+from infini_attention.streaming.states import cache_of, check_model, committed, shapes_of, states_of
 
 CHUNK_TOKENS = {"cuda": 65_536, "cpu": 2_048}  # tokens that go through the model at once, about
-MOST_TAIL, MOST_SNAPSHOTS = 2**20, 1_024  # what a state file may hold
-
-Source = str | PathLike[str] | Tensor | Iterable[str] | Iterable[int]
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,7 @@ class Session:
         snapshots: int = 16,
         decoder: Decoder | None = None,
     ) -> None:
-        _check_model(model)
+        check_model(model)
         size: int = model.config.segment_length
         wanted = CHUNK_TOKENS.get(model.device.type, 2_048) if chunk_length is None else chunk_length
         if wanted < 1:
@@ -108,7 +100,12 @@ class Session:
         self._decoder = decoder
         self._lock = threading.Lock()
         self._kept = Snapshots(snapshots)
-        self._start_afresh()
+        self._cache: InfiniCache | None = None  # the state is here, or in a decoder:
+        self._seat: tuple[Decoder, int] | None = None
+        self._logits: Tensor | None = None  # after the last token that has gone through the model
+        self._read = 0  # tokens that have
+        self._history = History(size)  # of those
+        self._waiting = torch.empty(0, dtype=torch.int64)  # ids that have not
 
     # --- feeding -----------------------------------------------------------------------------------------
 
@@ -130,7 +127,7 @@ class Session:
         """
         fed = 0
         with self._in_use():
-            for ids in self._ids_of(source):
+            for ids in token_ids(source, self.tokenizer, self.chunk_length):
                 self._check_ids(ids)
                 self._waiting = torch.cat([self._waiting, ids])
                 fed += len(ids)
@@ -138,30 +135,6 @@ class Session:
                 if progress is not None:
                     progress(fed)
         return fed
-
-    def _ids_of(self, source: Any) -> Iterator[Tensor]:
-        if isinstance(source, str):
-            source = [source]
-        elif isinstance(source, PathLike):
-            path = Path(source)
-            if not path.is_file():
-                raise ValueError(f"there is no file {path}; give the path of a text file, or text as str")
-            source = Text(path.name, path).pieces()
-        elif isinstance(source, Tensor):
-            if source.is_floating_point():
-                raise ValueError(f"cannot feed a tensor of {source.dtype}; give token ids")
-            yield from source.flatten().to("cpu", torch.int64).split(self.chunk_length)
-            return
-        elif hasattr(source, "read"):
-            source = _pieces_of_file(source)
-        first, items = _peek(source)
-        if isinstance(first, str):
-            for block in token_blocks(items, self.tokenizer):
-                yield block.ids
-        elif isinstance(first, int):
-            yield from _batched_ids(items, self.chunk_length)
-        elif first is not None:
-            raise ValueError(f"cannot feed {type(first).__name__}; give text, token ids, a Path or a file")
 
     def _check_ids(self, ids: Tensor) -> None:
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.model.config.vocab_size:
@@ -226,12 +199,12 @@ class Session:
     def _generate(self, sampler: Sampler) -> Generator[int, None, None]:
         decoder = self._decoder = self._decoder or shared_decoder(self.model)
         with self.generation():
+            token = 0
             for number in range(sampler.options.max_new_tokens):
                 if number:
                     self.sit_down(decoder, 0)  # another session may have sat there meanwhile
-                    self.decoded(token, decoder.step({0: token})[0])
+                    self.decoded(decoder.step({0: token})[0])
                 token = self.pick(sampler)
-                self.say(token)
                 yield token
                 if token in sampler.options.eos_token_id:
                     break
@@ -240,8 +213,8 @@ class Session:
     def generation(self) -> Iterator[None]:
         """Hold the session while tokens are generated; what waits is read first.
 
-        Inside, `pick` chooses a token, `say` makes it part of the text, and `decoded` takes note that a
-        decoder, in which the session sits, has put it through the model. Raises ValueError if nothing was fed.
+        Inside, `pick` chooses a token, and `decoded` takes note that a decoder, in which the session sits,
+        has put it through the model. Raises ValueError if nothing was fed.
         """
         with self._in_use():
             if not self.tokens:
@@ -249,19 +222,24 @@ class Session:
             self._read_all()
             yield
 
-    def pick(self, sampler: Sampler) -> int:
-        """Choose the token after the last one."""
+    def pick(self, sampler: Sampler, likeliest: int | None = None) -> int:
+        """Choose the token after the last one; it becomes part of the text, and waits.
+
+        `likeliest` is the one with the largest logit, where that is known already.
+        """
         assert self._logits is not None
-        return sampler.pick(self._logits, self._history.opened)
-
-    def say(self, token: int) -> None:
-        """Make `token` part of the text; it has yet to go through the model."""
+        if likeliest is not None and sampler.is_greedy:
+            token = likeliest
+        else:
+            token = sampler.pick(self._logits, self._history.opened)
         self._waiting = torch.tensor([token])
+        return token
 
-    def decoded(self, token: int, logits: Tensor) -> None:
-        """Take note that `token` went through the model in the decoder and left `logits` (vocabulary,)."""
-        self._logits, self._waiting = logits.clone(), self._waiting[:0]
-        self._count([token])
+    def decoded(self, logits: Tensor) -> None:
+        """Take note that the token that waited went through the model and left `logits` (vocabulary,)."""
+        ids = self._waiting.tolist()
+        self._logits, self._waiting = logits, self._waiting[:0]
+        self._count(ids)
 
     def sit_down(self, decoder: Decoder, row: int) -> None:
         """Put the state into the decoder's row, if it is not there."""
@@ -278,6 +256,8 @@ class Session:
     def take_back(self, cache: InfiniCache) -> None:
         """Called by the decoder when it gives the session's state back."""
         self._cache, self._seat = cache, None
+        if self._logits is not None:
+            self._logits = self._logits.clone()  # they are the decoder's, and gone with its next step
 
     def ask(self, question: str, *, remember: bool = False, **options: Any) -> str:
         """The model's answer to `question`, in the form of the tokenizer's chat template if it has one.
@@ -316,8 +296,8 @@ class Session:
     def rewind(self, to_token: int) -> None:
         """Go back to when `to_token` tokens had been fed.
 
-        Possible within the open segment, and to the snapshots in `info().snapshots`: ends of segments, many of
-        late and fewer of long ago.
+        Possible within the open segment, and to the snapshots in `info().snapshots`: ends of segments, many
+        of late and fewer of long ago.
 
         Raises:
             ValueError: a token that is ahead, or that nothing was kept of; the text lists what was.
@@ -342,13 +322,13 @@ class Session:
     def _go_back(self, end: int, tail: list[int]) -> None:
         """To the `tail` after the last whole segment, which ended at token `end`; it is read again."""
         cache = self._own_cache()
-        self._cache = _cache_of(self.model, *_committed(self.model, cache), tokens=end) if end else None
+        self._cache = cache_of(self.model, *committed(self.model, cache), tokens=end) if end else None
         self._read, self._waiting = end, torch.tensor(tail)
         self._history.opened, self._logits = [], None
 
     def _go_back_to(self, snapshot: Snapshot) -> None:
         self._start_afresh()
-        self._cache = _cache_of(self.model, snapshot.memory, snapshot.normalizer, tokens=snapshot.tokens)
+        self._cache = cache_of(self.model, snapshot.memory, snapshot.normalizer, tokens=snapshot.tokens)
         self._logits = snapshot.logits.to(self.model.device)
         self._read, self._history.digest = snapshot.tokens, snapshot.digest
 
@@ -383,11 +363,11 @@ class Session:
 
     def _contents(self, exact: bool, snapshots: bool) -> StateContents:
         cache, tail = self._own_cache(), self._tail()
-        memory, normalizer = _committed(self.model, cache)
+        memory, normalizer = committed(self.model, cache)
         opened = None
         if exact and self._history.opened:
             names = ("pending_memory", "pending_normalizer", "local_key", "local_value")
-            layers = {name: [getattr(state, name)[0] for state in _states(cache)] for name in names}
+            layers = {name: [getattr(state, name)[0] for state in states_of(cache)] for name in names}
             opened = OpenSegment(**{name: torch.stack(parts) for name, parts in layers.items()})
         return StateContents(
             fingerprint=fingerprint(self.model, self.tokenizer),
@@ -416,7 +396,7 @@ class Session:
                 damaged, too large, a link, or no state at all.
         """
         session = cls(model, tokenizer, **settings)
-        contents = read_state(path, fingerprint(model, tokenizer), _shapes(model))
+        contents = read_state(path, fingerprint(model, tokenizer), shapes_of(model))
         session._take_over(contents)
         return session
 
@@ -427,7 +407,7 @@ class Session:
         self._read, self._waiting = end + read, torch.tensor(tail[read:], dtype=torch.int64)
         self._history = History(self.model.config.segment_length, contents.digest, tail[:read])
         if self._read:
-            self._cache = _cache_of(
+            self._cache = cache_of(
                 self.model, contents.memory, contents.normalizer, tokens=self._read, opened=opened
             )
         if contents.logits is not None:
@@ -455,7 +435,7 @@ class Session:
         place, size = self.model.device, 0
         if self._seat is not None:
             size = self._seat[0].row_nbytes
-        elif cache is not None and (states := _states(cache)):
+        elif cache is not None and (states := states_of(cache)):
             place, size = states[0].memory.device, cache.nbytes
         return SessionInfo(
             tokens=self.tokens,
@@ -471,17 +451,11 @@ class Session:
 
     # --- inside ------------------------------------------------------------------------------------------
 
-    _cache: InfiniCache | None = None
-    _seat: tuple[Decoder, int] | None = None
-    """Where the state is: here or in a decoder."""
-
     def _start_afresh(self) -> None:
         self.leave_decoder()
-        self._cache = None
-        self._logits: Tensor | None = None
-        self._read = 0  # tokens that have gone through the model
-        self._history = History(self.model.config.segment_length)  # of those tokens
-        self._waiting = torch.empty(0, dtype=torch.int64)  # tokens that have not
+        self._cache, self._logits, self._read = None, None, 0
+        self._history = History(self.model.config.segment_length)
+        self._waiting = torch.empty(0, dtype=torch.int64)
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
@@ -511,7 +485,7 @@ class Session:
         if not self._kept.most:
             return
         memory, normalizer = (
-            _committed(self.model, self._cache)
+            committed(self.model, self._cache)
             if self._seat is None
             else self._seat[0].committed(self._seat[1])
         )
@@ -527,99 +501,3 @@ def shared_decoder(model: PreTrainedModel) -> Decoder:
     if model not in _DECODERS:
         _DECODERS[model] = Decoder(model)
     return _DECODERS[model]
-
-
-def _check_model(model: PreTrainedModel) -> None:
-    config = model.config
-    if not isinstance(config, InfiniConfigMixin):
-        raise ValueError(f"{type(model).__name__} has no memory; give a model that retrofit() made")
-    lacking = sorted(set(range(config.num_hidden_layers)) - set(config.infini_layers or []))  # type: ignore[attr-defined]
-    if lacking:
-        raise ValueError(
-            f"layers {lacking} have no memory and keep keys and values of their own, which grow; retrofit all "
-            "layers (layers=None, and a segment_length of at most their sliding window)"
-        )
-    if model.training:
-        raise ValueError("the model is in training mode; call model.eval()")
-
-
-def _states(cache: InfiniCache) -> list[MemoryState]:
-    return [layer.state for layer in cache.layers if isinstance(layer, InfiniCacheLayer) and layer.state]
-
-
-def _shapes(model: PreTrainedModel) -> Shapes:
-    config: Any = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return Shapes(
-        layers=config.num_hidden_layers,
-        kv_heads=config.num_key_value_heads,
-        feature_dim=feature_maps.get(config.feature_map).feature_dim(head_dim),
-        head_dim=head_dim,
-        value_dim=head_dim,
-        vocab_size=config.vocab_size,
-        most_tail=MOST_TAIL,
-        most_snapshots=MOST_SNAPSHOTS,
-    )
-
-
-def _committed(model: PreTrainedModel, cache: InfiniCache | None) -> tuple[Tensor, Tensor]:
-    """Memory (layers, kv_heads, feature_dim, value_dim) and normalizer (layers, kv_heads, feature_dim)."""
-    states = [] if cache is None else _states(cache)
-    if states:
-        return torch.stack([s.memory[0] for s in states]), torch.stack([s.normalizer[0] for s in states])
-    shapes = _shapes(model)
-    sizes = shapes.layers, shapes.kv_heads, shapes.feature_dim
-    return torch.zeros(*sizes, shapes.value_dim), torch.zeros(sizes)
-
-
-def _cache_of(
-    model: PreTrainedModel,
-    memory: Tensor,
-    normalizer: Tensor,
-    *,
-    tokens: int,
-    opened: OpenSegment | None = None,
-) -> InfiniCache:
-    """A cache of one sequence of `tokens` tokens on the model's device: `_committed`'s, and what is open."""
-    shapes, device = _shapes(model), model.device
-    memory, normalizer = memory.to(device), normalizer.to(device)
-    if opened is None:
-        nothing = torch.zeros(shapes.layers, shapes.kv_heads, 0, shapes.head_dim, dtype=model.dtype)
-        opened = OpenSegment(torch.zeros_like(memory), torch.zeros_like(normalizer), nothing, nothing)
-    cache = InfiniCache(model.config)
-    for number, layer in enumerate(cache.layers):
-        assert isinstance(layer, InfiniCacheLayer)
-        state = MemoryState(
-            memory=memory[number, None],
-            normalizer=normalizer[number, None],
-            pending_memory=opened.pending_memory[number, None].to(device),
-            pending_normalizer=opened.pending_normalizer[number, None].to(device),
-            local_key=opened.local_key[number, None].to(device),
-            local_value=opened.local_value[number, None].to(device),
-            length=torch.tensor([tokens]),
-            segment_length=model.config.segment_length,
-        )
-        layer.advance(state, tokens)
-    return cache
-
-
-def _pieces_of_file(file: Any) -> Iterator[str]:
-    """The text of an open file, binary (UTF-8) or text."""
-    pieces = iter(lambda: file.read(1 << 16), file.read(0))
-    first, pieces = _peek(pieces)
-    return (
-        decoded_pieces(pieces, name=getattr(file, "name", "the file")) if isinstance(first, bytes) else pieces
-    )
-
-
-def _peek(items: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
-    """The first item, None if there is none, and all of them."""
-    iterator = iter(items)
-    first = list(islice(iterator, 1))
-    return (first[0] if first else None), chain(first, iterator)
-
-
-def _batched_ids(ids: Iterable[int], size: int) -> Iterator[Tensor]:
-    iterator = iter(ids)
-    while batch := list(islice(iterator, size)):
-        yield torch.tensor(batch, dtype=torch.int64)

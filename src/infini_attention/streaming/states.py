@@ -1,0 +1,89 @@
+"""Between a model's cache of one sequence and the stacked tensors that files and snapshots hold."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from infini_attention.models import InfiniCache
+from infini_attention.models.cache import InfiniCacheLayer
+from infini_attention.models.config import InfiniConfigMixin
+from infini_attention.ops import MemoryState, feature_maps
+from infini_attention.ops.state import state_dtype
+from infini_attention.streaming.state_file import OpenSegment, Shapes
+
+MOST_TAIL, MOST_SNAPSHOTS = 2**20, 1_024  # what a state file may hold
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model that a session cannot have."""
+    config: Any = model.config
+    if not isinstance(config, InfiniConfigMixin):
+        raise ValueError(f"{type(model).__name__} has no memory; give a model that retrofit() made")
+    config.check_every_layer_has_memory()
+    if model.training:
+        raise ValueError("the model is in training mode; call model.eval()")
+
+
+def shapes_of(model: PreTrainedModel) -> Shapes:
+    """Sizes of the model's states."""
+    config: Any = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Shapes(
+        layers=config.num_hidden_layers,
+        kv_heads=config.num_key_value_heads,
+        feature_dim=feature_maps.get(config.feature_map).feature_dim(head_dim),
+        head_dim=head_dim,
+        value_dim=head_dim,
+        vocab_size=config.vocab_size,
+        most_tail=MOST_TAIL,
+        most_snapshots=MOST_SNAPSHOTS,
+    )
+
+
+def states_of(cache: InfiniCache) -> list[MemoryState]:
+    """Each layer's state; empty before the first token."""
+    return [layer.state for layer in cache.layers if isinstance(layer, InfiniCacheLayer) and layer.state]
+
+
+def committed(model: PreTrainedModel, cache: InfiniCache | None) -> tuple[Tensor, Tensor]:
+    """Memory (layers, kv_heads, feature_dim, value_dim) and normalizer (layers, kv_heads, feature_dim).
+
+    Both as of the last whole segment, copied; zeros where nothing was read.
+    """
+    states = [] if cache is None else states_of(cache)
+    if states:
+        return torch.stack([x.memory[0] for x in states]), torch.stack([x.normalizer[0] for x in states])
+    shapes, dtype = shapes_of(model), state_dtype(model.dtype)
+    sizes = shapes.layers, shapes.kv_heads, shapes.feature_dim
+    return torch.zeros(*sizes, shapes.value_dim, dtype=dtype), torch.zeros(sizes, dtype=dtype)
+
+
+def cache_of(
+    model: PreTrainedModel,
+    memory: Tensor,
+    normalizer: Tensor,
+    *,
+    tokens: int,
+    opened: OpenSegment | None = None,
+) -> InfiniCache:
+    """A cache of one sequence of `tokens` tokens on the model's device: `committed`'s, and what is open."""
+    shapes, device = shapes_of(model), model.device
+    memory, normalizer = memory.to(device), normalizer.to(device)
+    if opened is None:
+        nothing = torch.zeros(shapes.layers, shapes.kv_heads, 0, shapes.head_dim, dtype=model.dtype)
+        opened = OpenSegment(torch.zeros_like(memory), torch.zeros_like(normalizer), nothing, nothing)
+    fields = {name: tensor.to(device) for name, tensor in vars(opened).items()}
+    cache = InfiniCache(model.config)
+    for number, layer in enumerate(cache.layers):
+        assert isinstance(layer, InfiniCacheLayer)
+        state = MemoryState(
+            memory=memory[number, None],
+            normalizer=normalizer[number, None],
+            **{name: tensor[number, None] for name, tensor in fields.items()},
+            length=torch.tensor([tokens]),
+            segment_length=model.config.segment_length,
+        )
+        layer.advance(state, tokens)
+    return cache
