@@ -39,6 +39,11 @@ class Stretches:
         """Tokens of the longest run."""
         return max(self.counts)
 
+    @property
+    def alike(self) -> bool:
+        """Whether all runs have as many tokens, and their segments held as many before."""
+        return len(set(self.counts)) == 1 and len(set(self.used)) == 1
+
     def valid(self, device: torch.device) -> Tensor:
         """(runs, width) bool, True = a real token."""
         counts = torch.tensor(self.counts, device=device)

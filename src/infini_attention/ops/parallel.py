@@ -10,6 +10,7 @@ the state *before* each segment, so nothing is ever subtracted from a prefix sum
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -115,55 +116,94 @@ def _open_segment(
     inputs: Inputs, part: Stretches, state: MemoryState, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """One run a row, inside the row's open segment; segments that become whole are added to memory."""
-    used, counts = torch.tensor(part.used), torch.tensor(part.counts)
-    valid = part.valid(inputs.query.device)[:, None, :, None]
-    keys = torch.where(valid, _features(inputs.key, state, options), 0)
-    values = torch.where(valid, inputs.value, 0).to(keys.dtype)
+    keys, values = _features(inputs.key, state, options), inputs.value.to(state.memory.dtype)
+    if not part.alike:
+        valid = part.valid(inputs.query.device)[:, None, :, None]
+        keys, values = torch.where(valid, keys, 0), torch.where(valid, values, 0)
 
     local_keys = continued(state.local_key, inputs.local_key)
     local_values = continued(state.local_value, inputs.value)
-    old = state.local_key.shape[2]
-    mask = _open_mask(used, part.width, old).to(keys.device) if old else None  # None: causal
     local = local_attention(
-        inputs.local_query, local_keys, local_values, scale=options.scale, softcap=options.softcap, mask=mask
+        inputs.local_query,
+        local_keys,
+        local_values,
+        scale=options.scale,
+        softcap=options.softcap,
+        mask=_open_mask(part, state.local_key.shape[2], keys.device),
     )
     output = _mix(inputs, local, state.memory, state.normalizer, options)
 
     new_values = _weighted(values, inputs)
     if options.update_rule == "delta":
         new_values = new_values - read(keys, state.memory, state.normalizer)
-    pending_memory = state.pending_memory + keys.transpose(-1, -2) @ new_values
-    pending_normalizer = state.pending_normalizer + _weighted(keys.sum(dim=2), inputs)
+    pending = replace(
+        state,
+        pending_memory=state.pending_memory + keys.transpose(-1, -2) @ new_values,
+        pending_normalizer=state.pending_normalizer + _weighted(keys.sum(dim=2), inputs),
+        local_key=local_keys,
+        local_value=local_values,
+        length=state.length + torch.tensor(part.counts),
+    )
+    return output, _alike_closed(pending, part) if part.alike else _closed(pending, part, state)
 
-    finished = used + counts == options.segment_length
-    still_open = [
-        (old + new) % options.segment_length for old, new in zip(part.used, part.counts, strict=True)
-    ]
-    kept = _kept(used, still_open, old).to(keys.device)
-    finished = finished.to(keys.device)[:, None, None]
-    return output, MemoryState(
-        memory=torch.where(finished[..., None], state.memory + pending_memory, state.memory),
-        normalizer=torch.where(finished, state.normalizer + pending_normalizer, state.normalizer),
-        pending_memory=torch.where(finished[..., None], 0, pending_memory),
-        pending_normalizer=torch.where(finished, 0, pending_normalizer),
-        local_key=_gather(local_keys, kept),
-        local_value=_gather(local_values, kept),
-        length=state.length + counts,
-        segment_length=options.segment_length,
+
+def _alike_closed(pending: MemoryState, part: Stretches) -> MemoryState:
+    """The state after these tokens where all rows have as many in their open segments."""
+    if part.used[0] + part.counts[0] < pending.segment_length:
+        if part.used[0]:
+            return pending
+        # Not a view of what was read: it would keep all of that alive.
+        return replace(pending, local_key=pending.local_key.clone(), local_value=pending.local_value.clone())
+    return replace(
+        pending,
+        memory=pending.memory + pending.pending_memory,
+        normalizer=pending.normalizer + pending.pending_normalizer,
+        pending_memory=torch.zeros_like(pending.memory),
+        pending_normalizer=torch.zeros_like(pending.normalizer),
+        local_key=pending.local_key[:, :, :0].clone(),
+        local_value=pending.local_value[:, :, :0].clone(),
     )
 
 
-def _open_mask(used: Tensor, new: int, width: int) -> Tensor:
-    """(rows, 1, new, width + new): which keys each new token sees, `width` places being the state's.
+def _closed(pending: MemoryState, part: Stretches, state: MemoryState) -> MemoryState:
+    """The same where rows differ: some segments become whole, others stay open."""
+    size, old = pending.segment_length, state.local_key.shape[2]
+    ends = [used + new for used, new in zip(part.used, part.counts, strict=True)]
+    device = pending.memory.device
+    finished = torch.tensor([end == size for end in ends], device=device)[:, None, None]
+    kept = _kept(torch.tensor(part.used), [end % size for end in ends], old).to(device)
+    memory, normalizer = (
+        pending.memory + pending.pending_memory,
+        pending.normalizer + pending.pending_normalizer,
+    )
+    return replace(
+        pending,
+        memory=torch.where(finished[..., None], memory, pending.memory),
+        normalizer=torch.where(finished, normalizer, pending.normalizer),
+        pending_memory=torch.where(finished[..., None], 0, pending.pending_memory),
+        pending_normalizer=torch.where(finished, 0, pending.pending_normalizer),
+        local_key=_gather(pending.local_key, kept),
+        local_value=_gather(pending.local_value, kept),
+    )
+
+
+def _open_mask(part: Stretches, width: int, device: torch.device) -> Tensor | None:
+    """(rows or 1, 1, new, width + new): which keys each new token sees, `width` places being the state's.
 
     1 1 0 | 1 0 0      a row with 2 of 3 places used, and 3 new tokens
     1 1 0 | 1 1 0
     1 1 0 | 1 1 1
+
+    None where nothing is open yet, which is plain causal.
     """
-    old = torch.arange(width) < used[:, None]
+    if not width:
+        return None
+    new = part.width
+    rows = part.used[:1] if part.alike else part.used
+    old = torch.arange(width) < torch.tensor(rows)[:, None]
     causal = torch.ones(new, new, dtype=torch.bool).tril()
-    rows = len(used)
-    return torch.cat([old[:, None].expand(rows, new, width), causal.expand(rows, new, new)], dim=2)[:, None]
+    both = [old[:, None].expand(-1, new, width), causal.expand(len(rows), new, new)]
+    return torch.cat(both, dim=2)[:, None].to(device)
 
 
 def _kept(used: Tensor, still_open: list[int], width: int) -> Tensor:

@@ -15,7 +15,9 @@ from infini_attention.ops.triton import kernels, wide
 from infini_attention.ops.triton.operator import operator
 
 FUSED_MAPS = ("elu1", "exp", "relu2", "softplus", "identity")
-MAX_BLOCK = 128  # the widest block of a head dimension that fits beside its tiles, in bf16; else half of it
+MAX_BLOCK = (
+    128  # the widest block of a head dimension that fits beside its tiles, in bf16, on data-centre GPUs
+)
 FILL = 132  # programs below which runs are split: one a multiprocessor of the largest of today's GPUs
 
 
@@ -470,8 +472,9 @@ def _operand(dtype: torch.dtype) -> tuple[tl.dtype, str]:
 
 def _block(width: int, like: Tensor) -> int:
     """The block that covers a head dimension of tokens like `like`, or the largest that fits."""
-    roomy = like.dtype == torch.bfloat16 and _shared_memory(like.device) >= AMPERE
-    return min(MAX_BLOCK if roomy else MAX_BLOCK // 2, _power(width))
+    narrow, roomy = like.dtype == torch.bfloat16, _shared_memory(like.device) >= AMPERE
+    halvings = (not narrow) + (not roomy)  # each for twice the bytes, or half the room
+    return min(MAX_BLOCK >> halvings, _power(width))
 
 
 def _power(width: int) -> int:
