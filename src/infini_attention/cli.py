@@ -405,25 +405,34 @@ def _parser() -> ArgumentParser:
     for name, function in SUBCOMMANDS.items():
         summary = (function.__doc__ or "").splitlines()[0]
         subparser = ArgumentParser(description=summary)
-        groups = _groups(function)
-        special: set[str | int] = {"json", "output", *groups}
-        subparser.add_function_arguments(function, as_group=False, as_positional=True, skip=special)
-        for group in groups.values():
-            subparser.add_class_arguments(group, as_group=False)
-        if "output" in (parameters := inspect.signature(function).parameters):
-            required = parameters["output"].default is inspect.Parameter.empty
-            subparser.add_argument(
-                "-o",
-                "--output",
-                type=Path if required else Path | None,
-                required=required,
-                help=_help_of(function, "output"),
-            )
+        _add_arguments(subparser, function)
         subparser.add_argument(
             "--json", action="store_true", help="Print one line of JSON instead of tables."
         )
         subcommands.add_subcommand(name, subparser, help=summary)
     return parser
+
+
+def _add_arguments(parser: ArgumentParser, function: Callable[..., None]) -> None:
+    """Those of `function`: required ones and optional ones before its `*` by place, -o, groups flat."""
+    parameters = inspect.signature(function).parameters
+    groups = _groups(function)
+    by_place = [
+        each
+        for each in parameters.values()
+        if each.kind is each.POSITIONAL_OR_KEYWORD and each.default is not each.empty
+    ]
+    skipped: set[str | int] = {"json", "output", *groups, *(each.name for each in by_place)}
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=skipped)
+    for each in by_place:
+        described = _help_of(function, each.name)
+        parser.add_argument(each.name, nargs="?", type=each.annotation, default=each.default, help=described)
+    for group in groups.values():
+        parser.add_class_arguments(group, as_group=False)
+    if "output" in parameters:
+        required = parameters["output"].default is inspect.Parameter.empty
+        kind: Any = Path if required else Path | None
+        parser.add_argument("-o", "--output", type=kind, required=required, help=_help_of(function, "output"))
 
 
 def _groups(function: Callable[..., None]) -> dict[str, type]:

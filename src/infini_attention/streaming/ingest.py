@@ -9,6 +9,7 @@ from infini_attention.data.texts import TokenBlock, first_tokens, open_text, tok
 from infini_attention.evaluation.progress import ResidentMemory, StreamProgress
 from infini_attention.streaming.history import History
 from infini_attention.streaming.session import Session
+from infini_attention.streaming.state_file import check_target
 
 SAVE_SECONDS = 120.0  # a reading that is killed loses at most so much
 
@@ -21,7 +22,9 @@ class IngestReport:
         text: its name.
         ending: "end of text", "max_tokens" or "interrupted".
         tokens: in the state, whatever was in it before included.
-        read_tokens: of this reading.
+        read_tokens: of the text, in this reading.
+        processed_tokens: of those in the state, that have gone through the model in this reading; the others
+            wait for the rest of their chunk, or for a question.
         skipped_tokens: of the text, which the state file held already.
         seconds: of reading.
         file_bytes: of the state file.
@@ -33,6 +36,7 @@ class IngestReport:
     ending: str
     tokens: int
     read_tokens: int
+    processed_tokens: int
     skipped_tokens: int
     seconds: float
     file_bytes: int
@@ -41,8 +45,8 @@ class IngestReport:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of this reading."""
-        return self.read_tokens / self.seconds if self.seconds else 0.0
+        """Tokens that went through the model a second."""
+        return self.processed_tokens / self.seconds
 
 
 def ingest(
@@ -71,6 +75,7 @@ def ingest(
     Raises:
         ValueError: `resumed` does not begin with `session` and this text, or there is nothing to read.
     """
+    check_target(output)  # before the reading, not after it
     opened, memory = open_text(text), ResidentMemory()
     blocks = first_tokens(token_blocks(opened.pieces(), session.tokenizer), max_tokens)
     skipped = 0
@@ -78,6 +83,7 @@ def ingest(
         skipped = resumed.tokens - session.tokens
         blocks = _after(blocks, session.history, resumed, skipped, output)
         session = resumed
+    processed = _processed(session)
     began = saved = time.perf_counter()
     read = read_bytes = first = 0
     ending = "end of text" if max_tokens is None else "max_tokens"
@@ -107,12 +113,18 @@ def ingest(
         ending=ending,
         tokens=session.tokens,
         read_tokens=read,
+        processed_tokens=_processed(session) - processed,
         skipped_tokens=skipped,
         seconds=time.perf_counter() - began,
         file_bytes=session.save(output, exact=exact, snapshots=snapshots),
         peak_resident_bytes=memory.peak,
         first_resident_bytes=first or memory.peak,
     )
+
+
+def _processed(session: Session) -> int:
+    info = session.info()
+    return info.tokens - info.waiting_tokens
 
 
 def _after(

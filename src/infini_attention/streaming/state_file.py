@@ -598,7 +598,7 @@ def _exactly(file: BinaryIO, size: int) -> bytes:
 def _write_whole(path: Path, blocks: Iterable[bytes]) -> int:
     """Write `blocks` to `path` or leave everything as it was; returns how many bytes they have."""
     try:
-        _check_target(path)
+        check_target(path)
         descriptor, unfinished = tempfile.mkstemp(
             dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".unfinished"
         )  # of mode 0600
@@ -618,8 +618,8 @@ def _write_whole(path: Path, blocks: Iterable[bytes]) -> int:
     return size
 
 
-def _check_target(path: Path) -> None:
-    """Refuse what moving a file there would destroy, or would not reach."""
+def check_target(path: Path) -> None:
+    """Raise StateFileError where moving a file there would destroy something else, or would not reach it."""
     if path.is_symlink():
         raise StateFileError(f"{path} is a link; give the file that it leads to")
     if path.is_dir():
