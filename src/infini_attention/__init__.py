@@ -35,6 +35,7 @@ from infini_attention.models.families import (
     InfiniSmolLM3Model,
 )
 from infini_attention.ops import MemoryState, infini_attention
+from infini_attention.streaming import Session
 
 __all__ = [
     "InfiniAttention",
@@ -68,6 +69,7 @@ __all__ = [
     "InfiniSmolLM3Model",
     "MemoryGate",
     "MemoryState",
+    "Session",
     "infini_attention",
     "retrofit",
 ]

@@ -1,6 +1,7 @@
 import io
 import multiprocessing
 import random
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -330,3 +331,19 @@ def test_the_state_does_not_grow_with_the_text(make_session: MakeSession) -> Non
         session.feed(words(160))
         sizes.add(session.info().state_bytes)
     assert len(sizes) == 1
+
+
+def test_the_readmes_example_runs(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n([^`]*Session\(model.*?)```", readme, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text(" ".join(f"w{number}" for number in words(100)))
+    names = {"model": model, "tokenizer": tokenizer}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["session"].tokens == 100
+    assert Path("book.state").stat().st_size > 0
