@@ -24,11 +24,13 @@ class SegmentContext(NamedTuple):
         padding_mask: (batch, length) bool, True = a real token; None when all are.
         cu_seqlens: (documents + 1,) for packed documents, else None.
         rotations: by layer, the rotation at each token's position inside its own segment.
+        segment_weights: (rows, segments) how often each segment counts in memory; None for once.
     """
 
     padding_mask: Tensor | None
     cu_seqlens: Tensor | None
     rotations: dict[int, Rotation]
+    segment_weights: Tensor | None = None
 
 
 class InfiniAttentionMixin(nn.Module):
@@ -92,6 +94,7 @@ class InfiniAttentionMixin(nn.Module):
                 state=None if cache is None else cache.layers[self.layer_idx].state,
                 padding_mask=segment_context.padding_mask,
                 cu_seqlens=segment_context.cu_seqlens,
+                segment_weights=segment_context.segment_weights,
                 **settings,
             )
             if cache is not None:

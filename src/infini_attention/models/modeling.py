@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, initialization
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from infini_attention.layers import MemoryGate
 from infini_attention.models.attention import InfiniAttentionMixin, Rotation, SegmentContext
 from infini_attention.models.cache import InfiniCache, InfiniCacheLayer, InfiniStepCache
 from infini_attention.models.compat import CACHE_ARGUMENT, pop_cache
 from infini_attention.models.inputs import packed_documents, padding_of, positions_of
+from infini_attention.models.loss import chunked_loss
 from infini_attention.ops import segment_positions
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -61,6 +63,7 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        segment_weights: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The family's forward, with a memory in the layers of `config.infini_layers`.
@@ -74,6 +77,8 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
             inputs_embeds: (batch, length, hidden_size).
             use_cache: whether to return a cache; default `config.use_cache`, but False when documents are
                 packed or activations checkpointed.
+            segment_weights: (batch, segments) how often each segment of this call counts in memory, for
+                training; see `infini_attention.ops.infini_attention`.
             **kwargs: a cache (InfiniCache), `cu_seq_lens_q` (documents + 1,) for documents packed into a
                 batch of one, and whatever else the family's forward takes.
 
@@ -133,7 +138,9 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            segment_context=SegmentContext(padding_mask, cu_seqlens, self._rotations(like, positions)),
+            segment_context=SegmentContext(
+                padding_mask, cu_seqlens, self._rotations(like, positions), segment_weights
+            ),
             **{CACHE_ARGUMENT: cache},
             **kwargs,
         )
@@ -235,6 +242,64 @@ class InfiniForCausalLMMixin(InfiniPreTrainedMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()  # type: ignore[attr-defined]
+
+    # Others read the names of a forward's arguments to know which of a dataset's columns it takes.
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        segment_weights: Tensor | None = None,
+        loss_chunk: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The family's forward; with `loss_chunk`, a loss without logits.
+
+        Args:
+            input_ids: as in the decoder's forward, and so are `attention_mask`, `position_ids`,
+                `inputs_embeds`, `use_cache` and `segment_weights`.
+            attention_mask: see there.
+            position_ids: see there.
+            inputs_embeds: see there.
+            labels: (batch, length) int64, -100 where nothing is to be predicted.
+            use_cache: see there.
+            logits_to_keep: how many of the last tokens get logits; 0 for all.
+            segment_weights: see there.
+            loss_chunk: logits of so many tokens exist at once; the output then has a loss and no logits.
+            **kwargs: a cache, `num_items_in_batch` that losses are divided by, and whatever else the family's
+                forward takes.
+        """
+        kwargs |= {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            "segment_weights": segment_weights,
+        }
+        if loss_chunk is None:
+            return super().forward(labels=labels, logits_to_keep=logits_to_keep, **kwargs)  # type: ignore[misc]
+        if labels is None:
+            raise ValueError("loss_chunk is set and there are no labels; give labels, or leave it out")
+        count = kwargs.pop("num_items_in_batch", None)
+        hidden = self.model(**kwargs).last_hidden_state
+        loss = chunked_loss(self.logits_of, hidden, labels, chunk=loss_chunk, num_items_in_batch=count)
+        return CausalLMOutputWithPast(loss=loss)
+
+    def logits_of(self, hidden_states: Tensor) -> Tensor:
+        """The logits that forward makes of the decoder's last hidden states, (..., hidden_size)."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        logits = self.lm_head(hidden_states)
+        if scaling := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / scaling
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+            logits = torch.tanh(logits / cap) * cap
+        assert isinstance(logits, Tensor)
+        return logits
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -1,0 +1,1 @@
+"""Training through the memory: gates that move, losses that fit, segments that repeat."""

@@ -1,0 +1,33 @@
+"""What is drawn at random about segments: how many there are, and how often each one counts."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def repeated_segments(
+    rows: int, segments: int, ceiling: float, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Weights (rows, segments) fp32, as if each segment had stood there that often.
+
+    Half of the segments count once; the others exp(u v log ceiling) times, with u uniform in [0, 1] by
+    segment and v by row. So a model that is trained on short inputs learns to find little among much.
+
+    Raises ValueError for a ceiling below 1.
+    """
+    if not ceiling >= 1:
+        raise ValueError(f"ceiling is {ceiling}; give at least 1, which repeats nothing")
+    once = torch.rand(rows, segments, generator=generator) < 0.5
+    spread = torch.rand(rows, segments, generator=generator) * torch.rand(rows, 1, generator=generator)
+    return torch.where(once, 1.0, torch.exp(spread * math.log(ceiling)))
+
+
+def some_segments(
+    length: int, segment_length: int, least: int, *, generator: torch.Generator | None = None
+) -> int:
+    """A length of whole segments up to `length`, their number drawn uniformly from `least` up."""
+    most = length // segment_length
+    if not 1 <= least <= most:
+        raise ValueError(f"at least {least} segments are wanted, and inputs have {most}; give fewer")
+    return int(torch.randint(least, most + 1, (), generator=generator)) * segment_length

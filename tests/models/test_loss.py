@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from infini_attention.models.loss import IGNORED
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole(model, make_tokens, chunk):
+    tokens = make_tokens(2, 30)
+    labels = tokens.clone()
+    labels[0, :9] = IGNORED
+    found = []
+    for settings in ({}, {"loss_chunk": chunk}):
+        model.zero_grad()
+        loss = model(tokens, labels=labels, use_cache=False, **settings).loss
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_steps_whole_count_divides_the_loss(llama, make_tokens):
+    tokens = make_tokens(2, 30)
+    settings = {"labels": tokens, "use_cache": False, "num_items_in_batch": 100}
+    whole, chunked = llama(tokens, **settings).loss, llama(tokens, loss_chunk=8, **settings).loss
+    torch.testing.assert_close(whole, chunked)
+
+
+def test_logits_are_those_of_forward(model, make_tokens):
+    output = model(make_tokens(1, 20), output_hidden_states=True)
+    torch.testing.assert_close(model.logits_of(output.hidden_states[-1]), output.logits)
+
+
+def test_segment_weights_reach_every_layer(llama, make_tokens):
+    tokens = make_tokens(2, 24)
+    plain = llama(tokens).logits
+    torch.testing.assert_close(llama(tokens, segment_weights=torch.ones(2, 3)).logits, plain)
+    weights = torch.ones(2, 3)
+    weights[1, 0] = 5.0
+    weighted = llama(tokens, segment_weights=weights).logits
+    torch.testing.assert_close(weighted[0], plain[0])
+    torch.testing.assert_close(weighted[1, :16], plain[1, :16])  # one segment in memory is a mean of itself
+    assert not torch.allclose(weighted[1, 16:], plain[1, 16:])
+
+
+def test_mistakes_are_named(llama, make_tokens):
+    with pytest.raises(ValueError, match="there are no labels"):
+        llama(make_tokens(1, 9), loss_chunk=4)
+    with pytest.raises(ValueError, match="loss_chunk is 0"):
+        llama(make_tokens(1, 9), labels=make_tokens(1, 9), loss_chunk=0)
+    with pytest.raises(ValueError, match="segment_weights has shape"):
+        llama(make_tokens(1, 9), segment_weights=torch.ones(1, 5))
