@@ -83,6 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         print(f"infini: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("infini: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def stream(
@@ -202,6 +205,7 @@ def ingest(
 
     load = _loader(reader)
     resumed = load(output) if output.exists() else None
+    snapshots = snapshots or (resumed is not None and bool(resumed.info().snapshots))
     report = read(
         text,
         output,
@@ -252,12 +256,21 @@ def generate(
         prompt: Text to read first.
         output: A state file to write afterwards, with what was generated.
     """
+    from infini_attention.streaming.state_file import check_target
+
+    if output is not None:
+        check_target(output)  # before the work, not after it
     session = _loader(reader)(state)
+    had_snapshots = bool(session.info().snapshots)
     if prompt:
         session.feed(prompt)
-    _say(session, session.generate(**generation.options()), json)
-    if output is not None:
-        session.save(output)
+    tokens = session.generate(**generation.options())
+    try:
+        _say(session, tokens, json)
+    finally:
+        tokens.close()
+        if output is not None:
+            session.save(output, snapshots=had_snapshots)
 
 
 def chat(
@@ -307,7 +320,7 @@ def state(
         copy_state(file, target)
         _print_figures(read_header(target), json)
     else:
-        if not target.isdigit():
+        if not target.isdecimal():
             raise ValueError(f"{target} is no token number; `infini state show {file}` lists the snapshots")
         session = _loader(reader)(file)
         session.rewind(int(target))

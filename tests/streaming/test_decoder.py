@@ -13,6 +13,9 @@ from infini_attention.streaming import Decoder
 class Guest:
     cache: InfiniCache | None = None
 
+    def fall_back(self, memory: torch.Tensor, normalizer: torch.Tensor) -> None:
+        raise AssertionError
+
     def take_back(self, cache: InfiniCache) -> None:
         self.cache = cache
 
@@ -79,7 +82,8 @@ def test_what_cannot_step_is_named(make_model: Callable[..., LlamaForCausalLM]) 
     )
     with pytest.raises(ValueError, match=r"layers \[1\] have no memory"):
         Decoder(partly)
-    decoder = Decoder(make_model(), rows=2)
-    cache = InfiniStepCache(decoder._model.config, decoder.buffers)
+    model = make_model()
+    decoder = Decoder(model, rows=2)
+    cache = InfiniStepCache(decoder.model.config, decoder.buffers)
     with pytest.raises(ValueError, match="takes as many ids, one a row"):
-        decoder._model(torch.zeros(1, 3, dtype=torch.int64), **{CACHE_ARGUMENT: cache})
+        decoder.model(torch.zeros(1, 3, dtype=torch.int64), **{CACHE_ARGUMENT: cache})

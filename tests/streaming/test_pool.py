@@ -128,3 +128,58 @@ def test_a_thousand_sessions_never_show_each_others_text(
                 checked += 1
             del live[number]
     assert checked > 50
+
+
+def test_pools_and_sessions_may_share_a_decoder(make_session: MakeSession) -> None:
+    sessions = [make_session() for _ in range(3)]
+    for number, session in enumerate(sessions):
+        session.feed(words(9 + number, number))
+    expected = [list(session.fork().generate(max_new_tokens=15, **GREEDY)) for session in sessions]
+    decoder = Decoder(sessions[0].model, rows=2)
+    pools = [SessionPool(decoder), SessionPool(decoder)]
+    for pool, session in zip(pools, sessions, strict=False):
+        pool.admit(session, max_new_tokens=15, **GREEDY)
+    sessions[2]._decoder = decoder
+    stream, said = sessions[2].generate(max_new_tokens=15, **GREEDY), [[], [], []]
+    for _ in range(15):
+        for number, pool in enumerate(pools):
+            said[number] += [token for _, token in pool.step()]
+        said[2].append(next(stream))
+    assert said == expected
+
+
+def test_one_that_cannot_go_on_spoils_nobody(
+    make_session: MakeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = [make_session() for _ in range(3)]
+    for number, session in enumerate(sessions):
+        session.feed(words(9 + number, number))
+    expected = [list(session.fork().generate(max_new_tokens=15, **GREEDY)) for session in sessions]
+    pool, said = SessionPool(Decoder(sessions[0].model, rows=3)), {id(session): [] for session in sessions}
+    for session in sessions:
+        pool.admit(session, max_new_tokens=15, **GREEDY)
+    pick, calls = Session.pick, []
+
+    def picky(session: Session, *arguments: object) -> int:
+        calls.append(session)
+        if session is sessions[1] and len(calls) > 12:
+            raise ZeroDivisionError
+        return pick(session, *arguments)
+
+    monkeypatch.setattr(Session, "pick", picky)
+    failures = 0
+    while len(pool):
+        try:
+            made = pool.step()
+        except ZeroDivisionError:
+            failures += 1
+            pool.evict(sessions[1])
+            continue
+        for session, token in made:
+            said[id(session)].append(token)
+    assert failures == 1
+    assert said[id(sessions[0])] == expected[0]
+    assert said[id(sessions[2])] == expected[2]
+    monkeypatch.undo()
+    rest = sessions[1].generate(max_new_tokens=15 - len(said[id(sessions[1])]), **GREEDY)
+    assert said[id(sessions[1])] + list(rest) == expected[1]

@@ -1,9 +1,13 @@
+import gc
 import io
 import multiprocessing
 import random
 import re
+import sys
 import threading
+import weakref
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from infini_attention.models import InfiniCache
 from infini_attention.models.compat import CACHE_ARGUMENT
-from infini_attention.streaming import Session
+from infini_attention.streaming import Decoder, Session, SessionPool
 
 MakeSession = Callable[..., Session]
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
@@ -164,7 +168,7 @@ def test_a_rewound_session_equals_a_fresh_one_at_that_point(make_session: MakeSe
     session.feed(words(77))
     possible = {0, *session.info().snapshots, *range(65, 78)}
     if to_token not in possible:
-        with pytest.raises(ValueError, match="possible are 65 to 77"):
+        with pytest.raises(ValueError, match="those from 65 to 77"):
             session.rewind(to_token)
         return
     session.rewind(to_token)
@@ -228,6 +232,18 @@ def test_sampling_is_repeatable_and_takes_transformers_names(make_session: MakeS
     assert first == again != other
     with pytest.raises(ValueError, match="num_beams are not supported"):
         session.generate(num_beams=4)
+    for wrong in (
+        {"top_p": 1.5},
+        {"top_p": None},
+        {"max_new_tokens": 2.5},
+        {"do_sample": "no"},
+        {"eos_token_id": "w1"},
+        {"temperature": 0, "do_sample": True},
+        {"seed": "x"},
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
+            session.ask("w1", remember=True, **wrong)
+    assert session.tokens == 20
 
 
 def test_an_end_of_sequence_token_is_the_last(make_session: MakeSession) -> None:
@@ -309,8 +325,13 @@ def test_mistakes_are_named(
         session.feed([1, 99])
     with pytest.raises(ValueError, match="there is no file"):
         session.feed(tmp_path / "nothing.txt")
-    with pytest.raises(ValueError, match="cannot feed float"):
-        session.feed([1.5])
+    for source in ([1.5], [1, 2.7], [True], [1, "w1"], ["w1", 1], [2**70], b"abc", {"ids": [1]}, 7, [[1]]):
+        with pytest.raises(ValueError, match="cannot feed"):
+            session.feed(source)
+    for tensor in (torch.ones(3), torch.ones(2, 2, dtype=torch.int64), torch.ones(2, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="cannot feed a tensor"):
+            session.feed(tensor)
+    session.reset()
     with pytest.raises(ValueError, match="nothing was fed yet"):
         session.generate()
     with pytest.raises(ValueError, match="has no memory"):
@@ -347,3 +368,129 @@ def test_the_readmes_example_runs(
     exec(compile(example, "README.md", "exec"), names)
     assert names["session"].tokens == 100
     assert Path("book.state").stat().st_size > 0
+
+
+def test_sessions_in_several_threads_share_a_decoder(make_session: MakeSession) -> None:
+    sessions = [make_session() for _ in range(4)]
+    for number, session in enumerate(sessions):
+        session.feed(words(20 + number, seed=number))
+    expected = [said(session.fork()) for session in sessions]
+    found: dict[int, list[int]] = {}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [
+            threading.Thread(target=lambda n=n, s=s: found.update({n: said(s)}))
+            for n, s in enumerate(sessions)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert [found[number] for number in range(4)] == expected
+
+
+def test_a_step_that_fails_loses_and_repeats_nothing(make_session: MakeSession) -> None:
+    session = make_session()
+    session.feed(words(21))
+    expected = said(session.fork())
+    layer = session.model.model.layers[1]
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    stream = session.generate(**GREEDY)
+    tokens = [next(stream) for _ in range(5)]
+    hook = layer.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        next(stream)
+    hook.remove()
+    assert session.tokens == 26
+    tokens += said(session, max_new_tokens=15)
+    assert tokens == expected
+
+
+def test_a_chunk_that_fails_is_read_again(make_session: MakeSession) -> None:
+    session, fresh = make_session(), make_session()
+    hook = session.model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        session.feed(words(40))
+    hook.remove()
+    assert session.tokens == 16  # of a list, what had been taken
+    session.feed(words(40)[16:])
+    fresh.feed(words(40))
+    assert said(session) == said(fresh)
+
+
+def test_what_a_source_gave_before_it_broke_is_fed(make_session: MakeSession) -> None:
+    def ids() -> object:
+        yield from words(10)
+        raise OSError("gone")
+
+    def text() -> object:
+        yield "w1 w2 w3 "
+        raise OSError("gone")
+
+    session = make_session()
+    for source, tokens in ((ids(), 10), (text(), 13)):
+        with pytest.raises(OSError, match="gone"):
+            session.feed(source)
+        assert session.tokens == tokens
+
+
+def test_repetition_is_judged_by_all_that_was_generated(make_session: MakeSession) -> None:
+    session = make_session()
+    session.feed(words(16))
+    tokens = said(session, no_repeat_ngram_size=2, max_new_tokens=60)
+    pairs = list(pairwise(tokens))
+    assert len(set(pairs)) == len(pairs)
+
+
+def test_a_generation_in_inference_mode_is_not_the_last(make_session: MakeSession) -> None:
+    session = make_session(decoder=Decoder(make_session().model))
+    session.feed(words(20))
+    with torch.inference_mode():
+        first = said(session.fork())
+    assert said(session) == first
+
+
+def test_another_models_decoder_is_refused(
+    make_session: MakeSession, make_model: Callable[..., LlamaForCausalLM]
+) -> None:
+    other = make_model(seed=1)
+    with pytest.raises(ValueError, match="the decoder is of another model"):
+        make_session(decoder=Decoder(other))
+    session = make_session()
+    session.feed([1])
+    with pytest.raises(ValueError, match="the decoder is of another model"):
+        SessionPool(Decoder(other)).admit(session)
+    session.feed([2])
+
+
+def test_a_model_that_has_generated_can_be_freed(
+    make_model: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = make_model()
+    session = Session(model, tokenizer)
+    session.feed(words(5))
+    said(session)
+    gone = weakref.ref(model)
+    del model, session
+    gc.collect()
+    assert gone() is None
+
+
+def test_numbers_that_a_file_could_not_hold_are_refused(make_session: MakeSession) -> None:
+    with pytest.raises(ValueError, match="chunk_length is 2097152"):
+        make_session(chunk_length=2**21)
+    with pytest.raises(ValueError, match="snapshots is 2000"):
+        make_session(snapshots=2000)
+
+
+def test_rewinding_to_where_it_is_does_nothing(make_session: MakeSession) -> None:
+    session = make_session(snapshots=0)
+    session.feed(words(32))
+    session.rewind(32)
+    assert session.tokens == 32

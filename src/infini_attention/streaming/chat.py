@@ -1,6 +1,6 @@
 """`infini chat`: a conversation in the terminal whose memory outlives it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ def chat(session: Session, state: Path | None, console: Console, **options: Any)
             _command(session, command, argument.strip(), state, console)
         elif line:
             _answer(session, line, console, options)
-            if state is not None:
-                session.save(state)
+        if line and state is not None and session.tokens:
+            session.save(state, snapshots=True)
 
 
 def _line(console: Console) -> str | None:
@@ -49,14 +49,16 @@ def _line(console: Console) -> str | None:
 
 
 def _answer(session: Session, question: str, console: Console, options: dict[str, Any]) -> None:
-    answer = session.answer(question, remember=True, **options)
+    answer: Generator[int, None, None] | None = None
     try:
+        answer = session.answer(question, remember=True, **options)
         for piece in text_pieces(session.tokenizer, answer):
             console.print(piece, end="", markup=False, highlight=False)
     except KeyboardInterrupt:
         console.print(" ...", end="", style="dim")
     finally:
-        answer.close()
+        if answer is not None:
+            answer.close()
     console.print()
 
 
@@ -73,7 +75,7 @@ def _command(session: Session, command: str, argument: str, state: Path | None, 
             path = Path(argument) if argument else state
             if path is None:
                 raise ValueError("/save needs a file")
-            console.print(f"{path}: {session.save(path):,} bytes", style="dim", markup=False)
+            console.print(f"{path}: {session.save(path, snapshots=True):,} bytes", style="dim", markup=False)
         else:
             raise ValueError(f"{command} is not known; {HELP}")
     except ValueError as error:
@@ -81,6 +83,6 @@ def _command(session: Session, command: str, argument: str, state: Path | None, 
 
 
 def _number(text: str) -> int:
-    if not text.isdigit():
+    if not text.isdecimal():
         raise ValueError(f"{text or 'nothing'} is no token number; /rewind takes one of /info")
     return int(text)

@@ -1,5 +1,6 @@
 """Decoder: many sequences decode side by side, one token a row, in steps of constant shape and time."""
 
+import threading
 import weakref
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from infini_attention.models import InfiniCache
 from infini_attention.models.cache import InfiniCacheLayer, InfiniStepCache
 from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.ops.step import StepBuffers
+from infini_attention.streaming.interrupts import uninterrupted
 
 WARM_UPS = 3  # runs before a step is captured, as torch asks for
 WIDTH_STEP = 128  # on the CPU, open segments are looked at up to a multiple of so many places
@@ -22,13 +24,17 @@ class Guest(Protocol):
     def take_back(self, cache: InfiniCache) -> None:
         """Take over the sequence's state."""
 
+    def fall_back(self, memory: Tensor, normalizer: Tensor) -> None:
+        """A step failed, and of the sequence's state there is left what was at its last whole segment."""
+
 
 class Decoder:
     """Buffers for `rows` sequences, and the model's step over them.
 
     On a GPU the step is captured as a CUDA graph, once; on a CPU it runs as it is. `compiled=True` puts it
     through `torch.compile` first, on either: the first step then takes minutes and later ones less time.
-    A row's guest is held by a weak reference: a sequence that nobody holds any more leaves its row free.
+    Guests and the model are held by weak references: a sequence that nobody holds any more leaves its row
+    free. `lock` is for those who need several calls to belong together, in programs of several threads.
 
     Args:
         model: an `infini_*` language model in evaluation mode, with a memory in every layer.
@@ -44,15 +50,31 @@ class Decoder:
             raise ValueError(f"rows is {rows}; give at least 1")
         self.rows = rows
         self.compiled = compiled
-        self._model = model
-        self.buffers = _buffers(model, rows)
+        self.lock = threading.RLock()
+        self._model = weakref.ref(model)
+        with torch.inference_mode(False):  # or only inference mode could change them
+            self.buffers = _buffers(model, rows)
+            self._ids = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
         self._cache = InfiniStepCache(model.config, self.buffers)
         self._guests: list[weakref.ref[Guest] | None] = [None] * rows
         self._lengths = [0] * rows  # tokens that each row's sequence has seen
-        self._ids = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
         self._forward: Any = torch.compile(self._step, dynamic=False) if compiled else self._step
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._captured_weights: list[int] = []
         self._logits = torch.empty(0)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """Whose steps these are; RuntimeError when nobody holds it any more."""
+        model = self._model()
+        if model is None:
+            raise RuntimeError("the decoder's model is gone; keep a reference to it")
+        return model
+
+    def fits(self, model: PreTrainedModel) -> bool:
+        """Whether these are steps of `model`, on its device and in its dtype."""
+        keys = self.buffers.local_key
+        return self._model() is model and keys.device == model.device and keys.dtype == model.dtype
 
     def guest(self, row: int) -> Guest | None:
         """Whose sequence is in `row`; None if nobody's."""
@@ -65,18 +87,24 @@ class Decoder:
 
     def seat(self, row: int, guest: Guest, cache: InfiniCache) -> None:
         """Put `guest`'s sequence, the only one in `cache`, into `row`; who was there gets its state back."""
-        self.release(row)
-        states = [layer.state for layer in cache.layers if isinstance(layer, InfiniCacheLayer)]
-        self.buffers.load(row, [state for state in states if state is not None])
-        self._lengths[row] = cache.get_seq_length()
-        self._guests[row] = weakref.ref(guest)
+        weights = [parameter.data_ptr() for parameter in self.model.parameters()]
+        with self.lock:
+            if weights != self._captured_weights:
+                self._graph, self._captured_weights = None, weights
+            occupant = self.guest(row)
+            if occupant is not None:
+                self.release(row, occupant)
+            states = [layer.state for layer in cache.layers if isinstance(layer, InfiniCacheLayer)]
+            self.buffers.load(row, [state for state in states if state is not None])
+            self._lengths[row] = cache.get_seq_length()
+            self._guests[row] = weakref.ref(guest)
 
-    def release(self, row: int) -> None:
-        """Give the sequence in `row` back to its guest, if it has one, and free the row."""
-        guest = self.guest(row)
-        if guest is not None:
-            guest.take_back(self._cache_of(row))
-        self._guests[row] = None
+    def release(self, row: int, guest: Guest) -> None:
+        """Give the sequence in `row` back to `guest`, if it is there, and free the row."""
+        with self.lock:
+            if self.guest(row) is guest:
+                guest.take_back(self._cache_of(row))
+                self._guests[row] = None
 
     @property
     def row_nbytes(self) -> int:
@@ -91,8 +119,20 @@ class Decoder:
     def step(self, ids: dict[int, int]) -> Tensor:
         """Feed one token to each of some rows, by row; returns logits (rows, vocabulary) of all rows.
 
-        Only those of the rows that were fed mean anything. They are valid until the next step.
+        Only those of the rows that were fed mean anything. They are valid until the next step. If a step
+        fails, its rows are free, and their guests fall back to their last whole segments.
         """
+        with self.lock, uninterrupted():
+            try:
+                return self._step_rows(ids)
+            except BaseException:
+                for row in ids:
+                    guest, self._guests[row] = self.guest(row), None
+                    if guest is not None:
+                        guest.fall_back(*self.committed(row))
+                raise
+
+    def _step_rows(self, ids: dict[int, int]) -> Tensor:
         rows = sorted(ids)
         self._set(self._ids[:, 0], rows, [ids[row] for row in rows])
         self.buffers.active.zero_()
@@ -129,7 +169,7 @@ class Decoder:
 
     def _step(self) -> Tensor:
         arguments = {CACHE_ARGUMENT: self._cache, "use_cache": True}
-        logits = self._model(input_ids=self._ids, **arguments).logits[:, 0]
+        logits = self.model(input_ids=self._ids, **arguments).logits[:, 0]
         self.buffers.advance()
         return logits
 
@@ -150,7 +190,7 @@ class Decoder:
 
     def _cache_of(self, row: int) -> InfiniCache:
         """A cache of its own for the sequence in `row`."""
-        cache = InfiniCache(self._model.config)
+        cache = InfiniCache(self.model.config)
         for layer, state in zip(cache.layers, self.buffers.store(row, self._lengths[row]), strict=True):
             assert isinstance(layer, InfiniCacheLayer)
             layer.advance(state, self._lengths[row])

@@ -75,6 +75,8 @@ def ingest(
     Raises:
         ValueError: `resumed` does not begin with `session` and this text, or there is nothing to read.
     """
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}; give at least 1, or leave it out")
     check_target(output)  # before the reading, not after it
     opened, memory = open_text(text), ResidentMemory()
     blocks = first_tokens(token_blocks(opened.pieces(), session.tokenizer), max_tokens)
@@ -106,6 +108,12 @@ def ingest(
                     saved = now
         except KeyboardInterrupt:
             ending = "interrupted"
+        except BaseException:
+            if session.tokens:  # what was read before a text breaks is kept
+                session.save(output, exact=exact, snapshots=snapshots)
+            raise
+    if not session.tokens and ending == "interrupted":
+        raise KeyboardInterrupt
     if not session.tokens:
         raise ValueError(f"{opened.name} has no tokens; give a text that is not empty")
     return IngestReport(
@@ -150,5 +158,6 @@ def _after(
 def _check_same(history: History, resumed: Session, output: Path) -> None:
     if history != resumed.history:
         raise ValueError(
-            f"{output} exists and holds another text or start; give another output, or remove it to read anew"
+            f"{output} exists and holds another text or start, or more than is asked for; "
+            "give another output, or remove it to read anew"
         )

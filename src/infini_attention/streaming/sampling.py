@@ -1,6 +1,7 @@
 """Choosing the next token: transformers' options by their names, its processors for their effect."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ class SamplingOptions:
         top_p: keep the likeliest that together have this probability.
         min_p: keep those with at least this part of the likeliest one's probability.
         typical_p: locally typical sampling; 1 for none.
-        repetition_penalty: divides the scores of tokens seen in the open segment or generated; 1 for none.
+        repetition_penalty: divides the scores of tokens in the open segment or generated since; 1 for none.
         no_repeat_ngram_size: no n-gram of this size twice among those tokens; 0 for none.
         eos_token_id: stop after one of these; an empty tuple for never.
         seed: of the random numbers; None draws one.
@@ -65,10 +66,29 @@ class SamplingOptions:
         return cls(**chosen)
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; give at least 1")
-        if self.do_sample and self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}; give more than 0, or do_sample=False")
+        for name, kinds, right, remedy in _RANGES:
+            value = getattr(self, name)
+            optional = value is None and name in ("min_p", "seed")
+            known = isinstance(value, kinds) and (kinds is bool or not isinstance(value, bool))
+            if not optional and not (known and right(value)):
+                raise ValueError(f"{name} is {value!r}; give {remedy}")
+        if not all(isinstance(token, int) and token >= 0 for token in self.eos_token_id):
+            raise ValueError(f"eos_token_id is {self.eos_token_id}; give token ids, or None for none")
+
+
+_NUMBER = (int, float)
+_RANGES: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
+    ("max_new_tokens", int, lambda x: x >= 1, "a whole number of at least 1"),
+    ("do_sample", bool, lambda x: True, "True or False"),
+    ("temperature", _NUMBER, lambda x: 0 < x < math.inf, "a number above 0, or do_sample=False"),
+    ("top_k", int, lambda x: x >= 0, "a whole number, 0 for all"),
+    ("top_p", _NUMBER, lambda x: 0 < x <= 1, "a number above 0 and up to 1"),
+    ("min_p", _NUMBER, lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+    ("typical_p", _NUMBER, lambda x: 0 < x <= 1, "a number above 0 and up to 1"),
+    ("repetition_penalty", _NUMBER, lambda x: 0 < x < math.inf, "a number above 0, 1 for none"),
+    ("no_repeat_ngram_size", int, lambda x: x >= 0, "a whole number, 0 for none"),
+    ("seed", int, lambda x: True, "a whole number"),
+)
 
 
 class Sampler:

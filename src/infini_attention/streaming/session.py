@@ -17,6 +17,7 @@ from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.streaming.decoder import Decoder
 from infini_attention.streaming.fingerprint import fingerprint
 from infini_attention.streaming.history import History
+from infini_attention.streaming.interrupts import uninterrupted
 from infini_attention.streaming.prompts import question_turn
 from infini_attention.streaming.sampling import Sampler, SamplingOptions
 from infini_attention.streaming.snapshots import Snapshots
@@ -28,7 +29,15 @@ from infini_attention.streaming.state_file import (
     read_state,
     write_state,
 )
-from infini_attention.streaming.states import cache_of, check_model, committed, shapes_of, states_of
+from infini_attention.streaming.states import (
+    MOST_SNAPSHOTS,
+    MOST_TAIL,
+    cache_of,
+    check_model,
+    committed,
+    shapes_of,
+    states_of,
+)
 
 CHUNK_TOKENS = {"cuda": 65_536, "cpu": 2_048}  # tokens that go through the model at once, about
 
@@ -93,8 +102,12 @@ class Session:
         check_model(model)
         size: int = model.config.segment_length
         wanted = CHUNK_TOKENS.get(model.device.type, 2_048) if chunk_length is None else chunk_length
-        if wanted < 1:
-            raise ValueError(f"chunk_length is {chunk_length}; give at least 1")
+        if not 1 <= wanted <= MOST_TAIL // 2:
+            raise ValueError(f"chunk_length is {chunk_length}; give from 1 to {MOST_TAIL // 2:,}")
+        if snapshots > MOST_SNAPSHOTS:
+            raise ValueError(f"snapshots is {snapshots}; keep at most {MOST_SNAPSHOTS:,}")
+        if decoder is not None:
+            check_decoder(decoder, model)
         self.model, self.tokenizer = model, tokenizer
         self.chunk_length = -(-wanted // size) * size
         self._decoder = decoder
@@ -106,6 +119,7 @@ class Session:
         self._read = 0  # tokens that have
         self._history = History(size)  # of those
         self._waiting = torch.empty(0, dtype=torch.int64)  # ids that have not
+        self._recent: list[int] = []  # what repetition is judged by while tokens are generated
 
     # --- feeding -----------------------------------------------------------------------------------------
 
@@ -146,20 +160,19 @@ class Session:
 
     def _read_whole_chunks(self) -> None:
         while len(self._waiting) >= (room := self.chunk_length - self._read % self.chunk_length):
-            self._read_on(self._waiting[:room])
-            self._waiting = self._waiting[room:].clone()
+            self._read_on(room)
 
     def _read_all(self) -> None:
         """Let what waits go through the model too."""
         self._read_whole_chunks()
         if len(self._waiting):
-            self._read_on(self._waiting)
-            self._waiting = self._waiting[:0]
+            self._read_on(len(self._waiting))
 
     @torch.inference_mode()
-    def _read_on(self, ids: Tensor) -> None:
-        """Put `ids` (tokens,) through the model. Interrupted, it leaves everything as it was."""
-        cache = self._own_cache().copy()
+    def _read_on(self, tokens: int) -> None:
+        """Put the first `tokens` that wait through the model. Interrupted, it leaves everything as it was."""
+        check_model(self.model)
+        cache, ids = self._own_cache().copy(), self._waiting[:tokens]
         output = self.model(
             input_ids=ids[None].to(self.model.device),
             use_cache=True,
@@ -167,12 +180,14 @@ class Session:
             **{CACHE_ARGUMENT: cache},
         )
         logits = output.logits[0, -1].clone()
-        self._cache, self._logits = cache, logits
-        self._count(ids.tolist())
+        with uninterrupted():
+            self._cache = cache
+            self._count(tokens, logits)
 
-    def _count(self, ids: list[int]) -> None:
-        """Take note of tokens that have gone through the model."""
-        self._read += len(ids)
+    def _count(self, tokens: int, logits: Tensor) -> None:
+        """Take note that the first `tokens` that waited have gone through the model."""
+        ids, rest = self._waiting[:tokens].tolist(), self._waiting[tokens:].clone()
+        self._read, self._waiting, self._logits = self._read + tokens, rest, logits
         self._history.add(ids)
         if not self._history.opened:
             self._take_snapshot()
@@ -197,13 +212,14 @@ class Session:
         return self._generate(sampler)
 
     def _generate(self, sampler: Sampler) -> Generator[int, None, None]:
-        decoder = self._decoder = self._decoder or shared_decoder(self.model)
+        decoder = self._decoder or shared_decoder(self.model)
+        token = 0
         with self.generation():
-            token = 0
             for number in range(sampler.options.max_new_tokens):
                 if number:
-                    self.sit_down(decoder, 0)  # another session may have sat there meanwhile
-                    self.decoded(decoder.step({0: token})[0])
+                    with decoder.lock, uninterrupted():
+                        self.sit_down(decoder, 0)  # another session may have sat there meanwhile
+                        self.decoded(decoder.step({0: token})[0].clone())
                 token = self.pick(sampler)
                 yield token
                 if token in sampler.options.eos_token_id:
@@ -220,6 +236,7 @@ class Session:
             if not self.tokens:
                 raise ValueError("nothing was fed yet; feed a prompt first")
             self._read_all()
+            self._recent = list(self._history.opened)
             yield
 
     def pick(self, sampler: Sampler, likeliest: int | None = None) -> int:
@@ -231,33 +248,40 @@ class Session:
         if likeliest is not None and sampler.is_greedy:
             token = likeliest
         else:
-            token = sampler.pick(self._logits, self._history.opened)
+            token = sampler.pick(self._logits, self._recent)
         self._waiting = torch.tensor([token])
+        self._recent.append(token)
         return token
 
     def decoded(self, logits: Tensor) -> None:
         """Take note that the token that waited went through the model and left `logits` (vocabulary,)."""
-        ids = self._waiting.tolist()
-        self._logits, self._waiting = logits, self._waiting[:0]
-        self._count(ids)
+        self._count(1, logits)
 
     def sit_down(self, decoder: Decoder, row: int) -> None:
-        """Put the state into the decoder's row, if it is not there."""
-        if self._seat != (decoder, row):
-            decoder.seat(row, self, self._own_cache())
-            self._seat = decoder, row
+        """Put the state into the decoder's row, if it is not there, up to the last token that waits."""
+        if self._seat == (decoder, row):
+            return
+        if len(self._waiting) > 1:  # after a step that failed
+            self._read_on(len(self._waiting) - 1)
+        decoder.seat(row, self, self._own_cache())
+        self._seat, self._cache = (decoder, row), None
 
     def leave_decoder(self) -> None:
         """Take the state out of the decoder, if it is there."""
-        if self._seat is not None:
-            decoder, row = self._seat
-            decoder.release(row)
+        seat = self._seat
+        if seat is not None:
+            seat[0].release(seat[1], self)
 
     def take_back(self, cache: InfiniCache) -> None:
         """Called by the decoder when it gives the session's state back."""
         self._cache, self._seat = cache, None
         if self._logits is not None:
             self._logits = self._logits.clone()  # they are the decoder's, and gone with its next step
+
+    def fall_back(self, memory: Tensor, normalizer: Tensor) -> None:
+        """Called by the decoder when a step failed: the open segment will be read again."""
+        self._seat = None
+        self._go_back(self._read - len(self._history.opened), self._tail(), memory, normalizer)
 
     def ask(self, question: str, *, remember: bool = False, **options: Any) -> str:
         """The model's answer to `question`, in the form of the tokenizer's chat template if it has one.
@@ -272,6 +296,7 @@ class Session:
 
     def answer(self, question: str, *, remember: bool = False, **options: Any) -> Generator[int, None, None]:
         """The token ids of `ask`'s answer, one by one."""
+        SamplingOptions.of(self.model, options)  # mistakes come before the question
         session = self if remember else self.fork()
         session.feed(question_turn(self.tokenizer, question, first=not self.tokens))
         return session.generate(**options)
@@ -305,8 +330,11 @@ class Session:
         with self._in_use():
             end = self._read - len(self._history.opened)
             snapshot = self._kept.at(to_token)
-            if end < to_token <= self.tokens:
-                self._go_back(end, self._tail()[: to_token - end])
+            if to_token == self.tokens:
+                return
+            if end < to_token < self.tokens:
+                tail = self._tail()[: to_token - end]
+                self._go_back(end, tail, *committed(self.model, self._own_cache()))
             elif snapshot is not None:
                 self._go_back_to(snapshot)
             elif to_token == 0:
@@ -314,16 +342,15 @@ class Session:
             else:
                 places = ", ".join(map(str, self._kept.places)) or "none"
                 raise ValueError(
-                    f"cannot rewind to token {to_token}; possible are {end + 1} to {self.tokens}, 0, and the "
-                    f"snapshots: {places}"
+                    f"cannot rewind to token {to_token}; possible are those from "
+                    f"{min(end + 1, self.tokens)} to {self.tokens}, 0, and the snapshots: {places}"
                 )
             self._kept.forget_after(to_token)
 
-    def _go_back(self, end: int, tail: list[int]) -> None:
+    def _go_back(self, end: int, tail: list[int], memory: Tensor, normalizer: Tensor) -> None:
         """To the `tail` after the last whole segment, which ended at token `end`; it is read again."""
-        cache = self._own_cache()
-        self._cache = cache_of(self.model, *committed(self.model, cache), tokens=end) if end else None
-        self._read, self._waiting = end, torch.tensor(tail)
+        self._cache = cache_of(self.model, memory, normalizer, tokens=end) if end else None
+        self._read, self._waiting = end, torch.tensor(tail, dtype=torch.int64)
         self._history.opened, self._logits = [], None
 
     def _go_back_to(self, snapshot: Snapshot) -> None:
@@ -494,10 +521,22 @@ class Session:
 
 
 _DECODERS: "weakref.WeakKeyDictionary[PreTrainedModel, Decoder]" = weakref.WeakKeyDictionary()
+_MAKING = threading.Lock()
 
 
 def shared_decoder(model: PreTrainedModel) -> Decoder:
     """The decoder of one row that sessions of `model` share; one sits in it at a time."""
-    if model not in _DECODERS:
-        _DECODERS[model] = Decoder(model)
-    return _DECODERS[model]
+    with _MAKING:
+        decoder = _DECODERS.get(model)
+        if decoder is None or not decoder.fits(model):
+            decoder = _DECODERS[model] = Decoder(model)
+        return decoder
+
+
+def check_decoder(decoder: Decoder, model: PreTrainedModel) -> None:
+    """Raise ValueError for a decoder that is not for `model` as it is."""
+    if not decoder.fits(model):
+        raise ValueError(
+            "the decoder is of another model, or the model has changed device or dtype since; make a new "
+            "one: Decoder(model)"
+        )

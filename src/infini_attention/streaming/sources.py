@@ -1,7 +1,8 @@
 """Whatever a session can be fed with, as token ids."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
+from operator import index
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,46 @@ def token_ids(source: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> Ite
     Raises ValueError for what is no `Source`, a file that is not there, and text that is not UTF-8.
     """
     if isinstance(source, Tensor):
-        if source.is_floating_point():
-            raise ValueError(f"cannot feed a tensor of {source.dtype}; give token ids")
-        yield from source.flatten().to("cpu", torch.int64).split(size)
+        yield from _checked_tensor(source).to("cpu", torch.int64).split(size)
         return
-    first, items = _peek(_items(source))
+    broken: list[BaseException] = []  # what is read before a source breaks is fed before anyone hears of it
+    first, items = _peek(_until_broken(_items(source), broken))
     if isinstance(first, str):
-        yield from (block.ids for block in token_blocks(items, tokenizer))
-    elif isinstance(first, int):
+        yield from (block.ids for block in token_blocks(map(_checked_text, items), tokenizer))
+    else:
         while batch := list(islice(items, size)):
-            yield torch.tensor(batch, dtype=torch.int64)
-    elif first is not None:
-        raise ValueError(f"cannot feed {type(first).__name__}; give text, token ids, a Path or a file")
+            yield torch.tensor([_checked_id(item) for item in batch], dtype=torch.int64)
+    if broken:
+        raise broken[0]
+
+
+def _until_broken(items: Iterable[Any], broken: list[BaseException]) -> Iterator[Any]:
+    try:
+        yield from items
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        broken.append(error)
+
+
+def _checked_tensor(ids: Tensor) -> Tensor:
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"cannot feed a tensor of {ids.dtype}; give token ids")
+    if ids.dim() > 2 or (ids.dim() == 2 and len(ids) != 1):
+        raise ValueError(f"cannot feed a tensor of {tuple(ids.shape)}; a session is one text: give (tokens,)")
+    return ids.flatten()
+
+
+def _checked_id(item: Any) -> int:
+    if isinstance(item, (bool, str)) or not hasattr(item, "__index__") or not 0 <= index(item) < 2**31:
+        raise ValueError(f"cannot feed {item!r} as a token id; give whole numbers of the vocabulary")
+    return index(item)
+
+
+def _checked_text(item: Any) -> str:
+    if not isinstance(item, str):
+        raise ValueError(f"cannot feed {item!r} among pieces of text; give text, or token ids only")
+    return item
 
 
 def _items(source: Any) -> Iterable[Any]:
@@ -49,7 +78,7 @@ def _items(source: Any) -> Iterable[Any]:
         first, pieces = _peek(iter(lambda: source.read(1 << 16), source.read(0)))
         name = str(getattr(source, "name", "the file"))
         return decoded_pieces(pieces, name=name) if isinstance(first, bytes) else pieces
-    if not isinstance(source, Iterable):
+    if not isinstance(source, Iterable) or isinstance(source, (Mapping, bytes, bytearray)):
         raise ValueError(f"cannot feed {type(source).__name__}; give text, token ids, a Path or a file")
     return source
 
