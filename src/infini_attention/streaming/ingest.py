@@ -11,6 +11,7 @@ from infini_attention.streaming.history import History
 from infini_attention.streaming.session import Session
 from infini_attention.streaming.state_file import check_target
 
+WARM_CHUNKS = 20
 SAVE_SECONDS = 120.0  # a reading that is killed loses at most so much
 
 
@@ -29,7 +30,7 @@ class IngestReport:
         seconds: of reading.
         file_bytes: of the state file.
         peak_resident_bytes: most memory the process held while reading.
-        first_resident_bytes: after the first chunk.
+        warm_resident_bytes: after so many chunks, when the ring of snapshots is full too.
     """
 
     text: str
@@ -41,7 +42,7 @@ class IngestReport:
     seconds: float
     file_bytes: int
     peak_resident_bytes: int
-    first_resident_bytes: int
+    warm_resident_bytes: int
 
     @property
     def tokens_per_second(self) -> float:
@@ -87,7 +88,7 @@ def ingest(
         session = resumed
     processed = _processed(session)
     began = saved = time.perf_counter()
-    read = read_bytes = first = 0
+    read = read_bytes = warm = 0
     ending = "end of text" if max_tokens is None else "max_tokens"
     with memory, StreamProgress(opened, max_tokens) as progress:
         try:
@@ -95,7 +96,7 @@ def ingest(
                 read += session.feed(block.ids)
                 read_bytes += int(block.bytes.sum())
                 now, resident = time.perf_counter(), memory.now()
-                first = first or (resident if read > 2 * session.chunk_length else 0)
+                warm = warm or (resident if read > WARM_CHUNKS * session.chunk_length else 0)
                 progress.show(
                     tokens=read,
                     seconds=now - began,
@@ -126,7 +127,7 @@ def ingest(
         seconds=time.perf_counter() - began,
         file_bytes=session.save(output, exact=exact, snapshots=snapshots),
         peak_resident_bytes=memory.peak,
-        first_resident_bytes=first or memory.peak,
+        warm_resident_bytes=warm or memory.peak,
     )
 
 
