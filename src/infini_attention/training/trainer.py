@@ -74,8 +74,18 @@ class InfiniTrainer(Trainer):
             for number, group in enumerate(scheduler.optimizer.param_groups):
                 if group.get("name") == "gates":
                     body = scheduler.lr_lambdas[number]
-                    scheduler.lr_lambdas[number] = _gates_factor(body, warmup, self.args.gate_warmup_steps)
+                    factor = _gates_factor(body, warmup, self.args.gate_warmup_steps)
+                    scheduler.lr_lambdas[number] = factor
+                    group["lr"] = scheduler.base_lrs[number] * factor(scheduler.last_epoch)
         return scheduler
+
+    def log(self, logs: dict[str, float], *arguments: Any, **settings: Any) -> None:
+        """Log, and with every loss the memory's share by the gates: least, mean and most over all heads."""
+        if "loss" in logs:
+            shares = gate_logits(self.model).sigmoid()
+            figures = {"gate_min": shares.min(), "gate_mean": shares.mean(), "gate_max": shares.max()}
+            logs |= {name: round(value.item(), 4) for name, value in figures.items()}
+        super().log(logs, *arguments, **settings)
 
     def compute_loss(
         self,
@@ -111,7 +121,7 @@ class InfiniTrainer(Trainer):
 
 
 class GateWatch(TrainerCallback):
-    """Adds the gates to every log line, and says so in words when they do not move."""
+    """Says in words when the gates do not move."""
 
     patience = 200  # steps after which gates that stay within `least` of their start are worth a word
     least = 0.05
@@ -135,13 +145,10 @@ class GateWatch(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """The memory's share by the gates: least, mean and most over all heads."""
+        """Say once when the gates stay where they were."""
         if logs is None or model is None or "loss" not in logs:
             return
         logits = gate_logits(model)
-        shares = logits.sigmoid()
-        figures = {"gate_min": shares.min(), "gate_mean": shares.mean(), "gate_max": shares.max()}
-        logs |= {name: round(value.item(), 4) for name, value in figures.items()}
         moved = 0.0 if self._start is None else (logits - self._start).abs().max().item()
         if state.global_step >= self.patience and moved < self.least and not self._said:
             self._said = True
