@@ -20,6 +20,17 @@ PACKAGES = (
     "fla-core",
 )
 
+# The shape of SmolLM2-135M, without its number of layers, 30, which benchmarks vary.
+SMOLLM2: dict[str, Any] = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 2**24,
+}
+
 
 def environment(device: str = "cuda") -> dict[str, Any]:
     """Card or processor, cores, threads, versions, commit and command line, for JSON.

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jsonargparse
 import torch
 import torch.nn.functional as F
-from common import environment
+from common import SMOLLM2, environment
 from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -38,15 +38,6 @@ from infini_attention.models.families import InfiniLlamaConfig, InfiniLlamaForCa
 from infini_attention.ops import infini_attention
 
 HEADS, HEAD_DIM = 8, 128
-SMOLLM2 = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 2**24,
-}
 MODEL_HEAD_DIM = SMOLLM2["hidden_size"] // SMOLLM2["num_attention_heads"]
 CHUNK, STEPS, REPEATS, CHECKPOINTED_FROM = 65_536, 20, 5, 100_000
 SINGLE_SHOT = 2.0  # seconds

@@ -32,7 +32,7 @@ from typing import Any
 
 import jsonargparse
 import torch
-from common import environment
+from common import SMOLLM2, environment
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models
@@ -49,16 +49,7 @@ from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.models.families import InfiniLlamaConfig, InfiniLlamaForCausalLM
 from infini_attention.streaming import Decoder, Session
 
-SHAPE = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 2**24,
-    "eos_token_id": None,
-}
+SHAPE = {**SMOLLM2, "eos_token_id": None}
 PEER_CONTEXT, PEER_TOKENS = 4096, 32
 PLACES = 16  # of the segment, at which sessions side by side are
 PARTS = ["read", "decode", "sessions", "compiled", "peers"]

@@ -13,6 +13,7 @@ from infini_attention.evaluation.progress import ResidentMemory, StreamProgress
 from infini_attention.evaluation.provenance import Provenance, provenance
 from infini_attention.layers import MemoryGate
 from infini_attention.models import load_tokenizer
+from infini_attention.models.config import head_dim_of
 from infini_attention.models.reader import load_reader
 
 CHUNK_TOKENS = 1024
@@ -209,8 +210,7 @@ def _read(
 
 def _setting(model: Any, name: str, retrofitted: bool, chunk_length: int) -> Setting:
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cached_numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    cached_numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim_of(config)
     gates = [module.logits.detach() for module in model.modules() if isinstance(module, MemoryGate)]
     return Setting(
         model=name,

@@ -107,6 +107,11 @@ class InfiniConfigMixin:
         return getattr(self, "sliding_window", None)
 
 
+def head_dim_of(config: Any) -> int:
+    """Width of a head; some families' configs do not name it."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _check_choice(field: str, value: str, known: tuple[str, ...] | list[str]) -> None:
     if value not in known:
         raise ValueError(f"{field} is {value!r}; choose one of {', '.join(map(repr, known))}")

@@ -13,6 +13,7 @@ from infini_attention.models.cache import InfiniCacheLayer, InfiniStepCache
 from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.ops.step import StepBuffers
 from infini_attention.streaming.interrupts import uninterrupted
+from infini_attention.streaming.states import shapes_of
 
 WARM_UPS = 3  # runs before a step is captured, as torch asks for
 WIDTH_STEP = 128  # on the CPU, open segments are looked at up to a multiple of so many places
@@ -87,10 +88,9 @@ class Decoder:
 
     def seat(self, row: int, guest: Guest, cache: InfiniCache) -> None:
         """Put `guest`'s sequence, the only one in `cache`, into `row`; who was there gets its state back."""
-        weights = [parameter.data_ptr() for parameter in self.model.parameters()]
         with self.lock:
-            if weights != self._captured_weights:
-                self._graph, self._captured_weights = None, weights
+            if self._graph is not None and self._captured_weights != self._weights():
+                self._graph = None
             occupant = self.guest(row)
             if occupant is not None:
                 self.release(row, occupant)
@@ -183,10 +183,14 @@ class Decoder:
             for _ in range(WARM_UPS):
                 self._forward()
         torch.cuda.current_stream(self._ids.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
+        self._graph, self._captured_weights = torch.cuda.CUDAGraph(), self._weights()
         with torch.cuda.graph(self._graph):
             self._logits = self._forward()
         self.buffers.active.copy_(active)
+
+    def _weights(self) -> list[int]:
+        """Where the weights are, which is what a captured step reads."""
+        return [parameter.data_ptr() for parameter in self.model.parameters()]
 
     def _cache_of(self, row: int) -> InfiniCache:
         """A cache of its own for the sequence in `row`."""
@@ -198,14 +202,13 @@ class Decoder:
 
 
 def _buffers(model: PreTrainedModel, rows: int) -> StepBuffers:
-    config: Any = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config, shapes = model.config, shapes_of(model)
     return StepBuffers.empty(
-        config.num_hidden_layers,
+        shapes.layers,
         rows,
-        config.num_key_value_heads,
-        head_dim,
-        head_dim,
+        shapes.kv_heads,
+        shapes.head_dim,
+        shapes.value_dim,
         segment_length=config.segment_length,
         feature_map=config.feature_map,
         dtype=model.dtype,

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from infini_attention.models import InfiniCache
 from infini_attention.models.cache import InfiniCacheLayer
-from infini_attention.models.config import InfiniConfigMixin
+from infini_attention.models.config import InfiniConfigMixin, head_dim_of
 from infini_attention.ops import MemoryState, feature_maps
 from infini_attention.ops.state import state_dtype
 from infini_attention.streaming.state_file import OpenSegment, Shapes
@@ -29,7 +29,7 @@ def check_model(model: PreTrainedModel) -> None:
 def shapes_of(model: PreTrainedModel) -> Shapes:
     """Sizes of the model's states."""
     config: Any = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     return Shapes(
         layers=config.num_hidden_layers,
         kv_heads=config.num_key_value_heads,
