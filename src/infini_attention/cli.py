@@ -1,5 +1,6 @@
 """The `infini` command: parses, calls, prints. What a subcommand needs is imported when it runs."""
 
+import argparse
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -371,15 +372,51 @@ def _print_figures(figures: dict[str, Any], json: bool) -> None:
         return
     table = Table(show_header=False)
     for name, value in figures.items():
-        shown = (
-            f"{value:,.1f}"
-            if isinstance(value, float)
-            else f"{value:,}"
-            if type(value) is int
-            else str(value)
-        )
-        table.add_row(name.replace("_", " "), shown)
+        table.add_row(name.replace("_", " "), _shown(value))
     _print([table])
+
+
+def _shown(value: Any) -> str:
+    if type(value) is int:
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def train(recipe: Path, overrides: list[str]) -> None:
+    """Train by a recipe; the same command goes on where it was cut off.
+
+    SIGTERM and Ctrl-C end it after the step that is under way, with a checkpoint.
+
+    Args:
+        recipe: A YAML file; the folder recipes has some.
+        overrides: Values to set anew, such as --training.max_steps 10; --help lists all. With --dry_run what
+            would run and what it would need is shown, and nothing is trained; --json prints one line of JSON.
+    """
+    from transformers.utils import logging
+
+    from infini_attention.training.recipe import read_recipe
+
+    logging.disable_progress_bar()  # of loading and saving; training has its own
+    read = read_recipe(recipe, overrides)
+    if read.dry_run:
+        from infini_attention.training.run import dry_run
+
+        _print_figures(dry_run(read.recipe), read.json)
+        return
+    from infini_attention.training.run import train as run
+
+    figures = run(read.recipe, read.text)
+    if read.recipe.training.should_save:
+        _print_figures(figures, read.json)
+    if "stopped_by" in figures:
+        print(
+            f"infini: stopped by {figures['stopped_by']} after step {figures['steps']:,}; the same command "
+            "goes on from there",
+            file=sys.stderr,
+        )
+        sys.exit(130 if figures["stopped_by"] == "SIGINT" else 0)
 
 
 def doctor(*, json: bool = False) -> None:
@@ -402,6 +439,7 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "chat": chat,
     "state": state,
+    "train": train,
     "bindings": bindings,
     "doctor": doctor,
 }
@@ -419,9 +457,10 @@ def _parser() -> ArgumentParser:
         summary = (function.__doc__ or "").splitlines()[0]
         subparser = ArgumentParser(description=summary)
         _add_arguments(subparser, function)
-        subparser.add_argument(
-            "--json", action="store_true", help="Print one line of JSON instead of tables."
-        )
+        if "json" in inspect.signature(function).parameters:
+            subparser.add_argument(
+                "--json", action="store_true", help="Print one line of JSON instead of tables."
+            )
         subcommands.add_subcommand(name, subparser, help=summary)
     return parser
 
@@ -435,13 +474,16 @@ def _add_arguments(parser: ArgumentParser, function: Callable[..., None]) -> Non
         for each in parameters.values()
         if each.kind is each.POSITIONAL_OR_KEYWORD and each.default is not each.empty
     ]
-    skipped: set[str | int] = {"json", "output", *groups, *(each.name for each in by_place)}
+    skipped: set[str | int] = {"json", "output", "overrides", *groups, *(each.name for each in by_place)}
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=skipped)
     for each in by_place:
         described = _help_of(function, each.name)
         parser.add_argument(each.name, nargs="?", type=each.annotation, default=each.default, help=described)
     for group in groups.values():
         parser.add_class_arguments(group, as_group=False)
+    if "overrides" in parameters:
+        described = _help_of(function, "overrides")
+        parser.add_argument("overrides", nargs=argparse.REMAINDER, help=described)
     if "output" in parameters:
         required = parameters["output"].default is inspect.Parameter.empty
         kind: Any = Path if required else Path | None

@@ -53,6 +53,21 @@ def test_gradients_flow_to_the_chosen_rows_alone() -> None:
     assert second.any()
 
 
+def test_forgotten_rows_start_afresh_and_the_others_go_on() -> None:
+    case = make_case([10, 7, 3], segment_length=4, update_rule="delta")
+    state = run(case, backend="parallel")[1]
+    forgotten = state.forget(torch.tensor([False, True, True]))
+    assert forgotten.length.tolist() == [10, 0, 0]
+    assert forgotten.local_key.shape[2] == 2  # no places but the first row's
+    after = run(case, backend="parallel", state=forgotten)
+    fresh = run(case, backend="parallel")
+    onward = run(case, backend="parallel", state=state)
+    torch.testing.assert_close(after[0][0], onward[0][0])
+    torch.testing.assert_close(after[0][1:], fresh[0][1:])
+    assert after[1].length.tolist() == [20, 7, 3]
+    assert state.forget(torch.tensor([False] * 3)) is state
+
+
 def test_joined_rows_go_on_as_they_would_alone() -> None:
     """Rows whose open segments differ: 2, 3 and 0 tokens."""
     whole = filled([10, 7, 8])

@@ -4,11 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from infini_attention.models import retrofit
+from infini_attention.models.observe import gate_logits
+from infini_attention.training.arguments import InfiniTrainingArguments
 from infini_attention.training.parameters import parameter_groups
-from infini_attention.training.trainer import GateWatch, InfiniTrainer, InfiniTrainingArguments, gate_logits
+from infini_attention.training.trainer import InfiniTrainer
+from infini_attention.training.warnings import MemoryWarnings
 
 SEGMENT = 8
 
@@ -116,7 +119,7 @@ def test_segments_repeat_and_vary_in_number_in_training_only(
     monkeypatch.setattr(type(model), "forward", spy)
     batch = {name: torch.stack([row[name] for row in rows(3)]) for name in ("input_ids", "labels")}
     for _ in range(30):
-        trainer.compute_loss(model, batch)
+        trainer.training_step(model, batch, num_items_in_batch=117)
     assert {length for length, _ in seen} == {16, 24, 32, 40}
     assert all(weights.shape == (3, length // SEGMENT) for length, weights in seen)
     model.eval()
@@ -131,21 +134,166 @@ def test_a_loss_that_is_no_number_stops_the_training(
     trainer = make_trainer()
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 0; go on from the last checkpoint"):
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 0; there is no checkpoint"):
         trainer.train()
 
 
-def test_gates_that_do_not_move_are_spoken_of(
-    make_trainer: Callable[..., InfiniTrainer],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_a_gradient_that_is_no_number_stops_it_before_the_weights_are_touched(
+    make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(GateWatch, "patience", 2)
-    make_trainer(gate_learning_rate=1e-6).train()
-    assert capsys.readouterr().out.count("gates have moved by 0.000 at most in 2 steps") == 1
+    trainer = make_trainer(save_strategy="steps", save_steps=2, max_steps=8)
+    hook = model.lm_head.weight.register_hook(
+        lambda gradient: gradient * float("inf") if trainer.state.global_step == 3 else gradient
+    )
+    with pytest.raises(FloatingPointError, match=r"(nan|inf) at step 3; go on from .*checkpoint-2 with"):
+        trainer.train()
+    hook.remove()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_gates_that_do_not_move_are_spoken_of(
+    make_trainer: Callable[..., InfiniTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MemoryWarnings, "patience", 2)
+    trainer = make_trainer(gate_learning_rate=1e-6)
+    trainer.train()
+    assert len([words for words in trainer.warnings.said if "gates have moved by 0.000" in words]) == 1
 
 
 def test_ordinary_arguments_are_refused(model: LlamaForCausalLM, tmp_path: Path) -> None:
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(ValueError, match="give InfiniTrainingArguments"):
         InfiniTrainer(model=model, args=args, train_dataset=rows())
+
+
+def test_the_memorys_part_is_measured_on_the_steps_own_tokens(
+    make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM
+) -> None:
+    trainer = make_trainer(observe_steps=2, max_steps=4)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "memory_share" in entry]
+    assert [entry["step"] for entry in logged] == [1, 3]  # of steps 0 and 2, logged when they are done
+    for entry in logged:
+        assert 0 < entry["memory_share"] < 1
+        assert entry["memory_gain"] == pytest.approx(entry["loss_memory_off"] - entry["loss"], abs=2e-2)
+    assert all("tokens_per_second" in entry for entry in trainer.state.log_history[1:4])
+
+
+def test_checkpointed_segments_train_the_same(
+    make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM
+) -> None:
+    start = {name: x.clone() for name, x in model.state_dict().items()}
+    losses = []
+    for settings in ({}, {"checkpoint_segments": 2}, {"checkpoint_segments": 1, "detach_every": 1}):
+        model.load_state_dict(start)
+        trainer = make_trainer(repeat_ceiling=10.0, **settings)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert losses[0][0] == pytest.approx(losses[2][0], abs=1e-4)
+    assert losses[0] != pytest.approx(losses[2], abs=1e-5)  # the write side is cut off
+
+
+def test_the_curriculum_lengthens_inputs(
+    make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM
+) -> None:
+    lengths: list[int] = []
+    model.register_forward_pre_hook(
+        lambda module, args, inputs: lengths.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    make_trainer(least_segments=1, curriculum_steps=40, max_steps=60).train()
+    assert set(lengths[:10]) == {SEGMENT}
+    assert set(lengths[10:20]) == {SEGMENT, 2 * SEGMENT}
+    assert max(lengths[40:]) == 5 * SEGMENT
+
+
+def test_adafactor_scales_the_bodys_steps_and_not_the_gates(
+    make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM
+) -> None:
+    before = gate_logits(model)
+    trainer = make_trainer(optim="adafactor", learning_rate=0.01, gate_learning_rate=0.01)
+    trainer.train()
+    scaled = {group["name"]: group["scale_parameter"] for group in trainer.optimizer.param_groups}
+    assert scaled == {"matrices": True, "vectors": True, "gates": False}
+    moved = (gate_logits(model) - before).abs()
+    assert 0.005 < moved.max() < 0.1  # four steps of at most about the rate, though the gates started at 0
+
+
+class Story(torch.utils.data.Dataset):
+    """Two rows that go through two documents each, in windows of 16 tokens."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.documents = [
+            [torch.randint(0, 64, (length,), generator=generator) for length in lengths]
+            for lengths in ((48, 16), (16, 48))
+        ]
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        step, row = divmod(index, 2)
+        text = torch.cat(self.documents[row])
+        window = text[16 * step : 16 * step + 16]
+        starts = 16 * step in (0, len(self.documents[row][0]))
+        return {"input_ids": window, "labels": window, "starts_document": torch.tensor(starts)}
+
+
+def test_a_carried_memory_sees_each_document_whole_and_nothing_else(
+    make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM
+) -> None:
+    settings = {"carry_memory": True, "per_device_train_batch_size": 2, "learning_rate": 0.0}
+    trainer = make_trainer(gate_learning_rate=0.0, **settings)
+    trainer.train_dataset = story = Story()
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = torch.zeros(4, 2)
+    for row, documents in enumerate(story.documents):
+        per_token = []
+        for document in documents:
+            logits = model(document[None], use_cache=False).logits[0, :-1]
+            found = torch.nn.functional.cross_entropy(logits, document[1:], reduction="none")
+            per_token.append(torch.cat([torch.zeros(1), found]))
+        windows = torch.cat(per_token).view(4, 16)
+        losses[:, row] = windows[:, 1:].mean(dim=1)  # a window's first token is not predicted
+    assert logged == pytest.approx(losses.mean(dim=1).tolist(), abs=1e-4)
+
+
+def test_packed_documents_start_with_an_empty_memory(
+    make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM
+) -> None:
+    lengths = (20, 33, 9, 40)
+    features = [
+        {name: x[:length] for name, x in row.items()} for row, length in zip(rows(4), lengths, strict=True)
+    ]
+    batch = DataCollatorWithFlattening()(features)
+    trainer = make_trainer(repeat_ceiling=4.0)
+    weights: list[Any] = []
+    model.register_forward_pre_hook(
+        lambda module, args, inputs: weights.append(inputs.get("segment_weights")), with_kwargs=True
+    )
+    loss = trainer.training_step(model.train(), batch, num_items_in_batch=98)
+    assert weights[0].shape == (4, 5)  # a row a document, as many columns as the longest has segments
+    singly = sum(
+        model(
+            input_ids=each["input_ids"][None],
+            labels=each["labels"][None],
+            segment_weights=weights[0][[number], : -(-len(each["labels"]) // SEGMENT)],
+            use_cache=False,
+        ).loss
+        * (len(each["labels"]) - 1)
+        for number, each in enumerate(features)
+    )
+    torch.testing.assert_close(loss, (singly / 98).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    for settings, message in (
+        ({"repeat_ceiling": 0.5}, "repeat_ceiling is 0.5; give at least 1"),
+        ({"curriculum_steps": 9}, "curriculum_steps is 9, and there is nothing to begin with"),
+        ({"carry_memory": True, "least_segments": 2}, "carry_memory is set and least_segments is 2"),
+        ({"context_parallel_size": 2}, "context_parallel_size is 2, which does not divide the 1 processes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            InfiniTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **settings)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from infini_attention.layers import MemoryGate
 from infini_attention.models.cache import InfiniStepCache
 from infini_attention.models.compat import pop_cache
-from infini_attention.ops import infini_attention
+from infini_attention.ops import MemoryState, infini_attention
+from infini_attention.ops.context_parallel import incoming_state
 from infini_attention.ops.step import infini_attention_step
 
 Rotation = tuple[Tensor, Tensor]
@@ -25,12 +26,14 @@ class SegmentContext(NamedTuple):
         cu_seqlens: (documents + 1,) for packed documents, else None.
         rotations: by layer, the rotation at each token's position inside its own segment.
         segment_weights: (rows, segments) how often each segment counts in memory; None for once.
+        context_group: the process group whose ranks hold runs of segments of these rows, if there is one.
     """
 
     padding_mask: Tensor | None
     cu_seqlens: Tensor | None
     rotations: dict[int, Rotation]
     segment_weights: Tensor | None = None
+    context_group: Any = None
 
 
 class InfiniAttentionMixin(nn.Module):
@@ -88,10 +91,13 @@ class InfiniAttentionMixin(nn.Module):
                 *tensors, cache.buffers, self.layer_idx, width=cache.width, **settings
             )
         else:
+            state = None if cache is None else cache.layers[self.layer_idx].state
+            if segment_context.context_group is not None:
+                state = self._incoming(key, value, state, segment_context)
             output, state = infini_attention(
                 *tensors,
                 segment_length=self.config.segment_length,
-                state=None if cache is None else cache.layers[self.layer_idx].state,
+                state=state,
                 padding_mask=segment_context.padding_mask,
                 cu_seqlens=segment_context.cu_seqlens,
                 segment_weights=segment_context.segment_weights,
@@ -100,6 +106,21 @@ class InfiniAttentionMixin(nn.Module):
             if cache is not None:
                 cache.layers[self.layer_idx].advance(state, hidden_states.shape[1])
         return self.o_proj(output.transpose(1, 2).flatten(2)), None
+
+    def _incoming(
+        self, key: Tensor, value: Tensor, state: MemoryState | None, segment_context: SegmentContext
+    ) -> MemoryState:
+        """The state before this process's first token."""
+        return incoming_state(
+            key,
+            value,
+            segment_length=self.config.segment_length,
+            update_rule=self.config.update_rule,
+            feature_map=self.config.feature_map,
+            segment_weights=segment_context.segment_weights,
+            state=state,
+            group=segment_context.context_group,
+        )
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value in value's dtype: (batch, heads or kv_heads, length, head_dim)."""

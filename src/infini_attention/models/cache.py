@@ -1,6 +1,7 @@
 """InfiniCache: what a model carries from call to call, of fixed size in every layer that has a memory."""
 
 import copy
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -101,6 +102,19 @@ class InfiniCache(DynamicCache):
         """A cache that goes on from the same states, which it shares until they are replaced; cheap."""
         twin = copy.copy(self)
         twin.layers = [copy.copy(layer) for layer in self.layers]
+        return twin
+
+    def detach(self) -> "InfiniCache":
+        """A cache with the same states, cut off from the graph that made them."""
+        return self.map_states(MemoryState.detach)
+
+    def map_states(self, function: Callable[[MemoryState], MemoryState]) -> "InfiniCache":
+        """A cache with `function` of every state, which leaves this one as it is."""
+        twin = self.copy()
+        layers: list[Any] = twin.layers
+        for layer in layers:
+            if isinstance(layer, InfiniCacheLayer) and layer.state is not None:
+                layer.state = function(layer.state)
         return twin
 
     def to(self, device: torch.device | str) -> "InfiniCache":

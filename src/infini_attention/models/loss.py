@@ -9,23 +9,34 @@ from torch.utils.checkpoint import checkpoint
 IGNORED = -100
 
 
+def shifted(labels: Tensor | None, shift_labels: Tensor | None = None) -> Tensor:
+    """Labels that stand where they are predicted, (batch, length) int64: `shift_labels`, if there are any.
+
+    Else `labels` moved one place to the left. Raises ValueError where there are neither.
+    """
+    if shift_labels is not None:
+        return shift_labels
+    if labels is None:
+        raise ValueError("loss_chunk is set and there are no labels; give labels, or leave it out")
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
 def chunked_loss(
     logits_of: Callable[[Tensor], Tensor],
     hidden_states: Tensor,
-    labels: Tensor,
+    targets: Tensor,
     *,
     chunk: int,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
-    """Mean next-token cross entropy in nats, fp32.
+    """Mean cross entropy in nats, fp32.
 
     Logits are made for `chunk` tokens at a time, and once more in the backward pass.
 
     Args:
         logits_of: from (tokens, hidden_size) to (tokens, vocabulary).
         hidden_states: (batch, length, hidden_size), the decoder's last.
-        labels: (batch, length) int64; token t is predicted from the hidden state before it, and where the
-            label is -100 it is not.
+        targets: (batch, length) int64; what each hidden state is to predict, -100 for nothing. See `shifted`.
         chunk: tokens whose logits are alive at once.
         num_items_in_batch: what the sum is divided by; default the tokens that are predicted here.
     """
@@ -35,7 +46,7 @@ def chunked_loss(
     def loss_of(hidden: Tensor, wanted: Tensor) -> Tensor:
         return F.cross_entropy(logits_of(hidden).float(), wanted, ignore_index=IGNORED, reduction="sum")
 
-    hidden, wanted = hidden_states[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    hidden, wanted = hidden_states.flatten(0, 1), targets.flatten()
     parts = zip(hidden.split(chunk), wanted.split(chunk), strict=True)
     losses = [checkpoint(loss_of, *part, use_reentrant=False) for part in parts]
     count = (wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch

@@ -14,8 +14,10 @@ from infini_attention.models.attention import InfiniAttentionMixin, Rotation, Se
 from infini_attention.models.cache import InfiniCache, InfiniCacheLayer, InfiniStepCache
 from infini_attention.models.compat import CACHE_ARGUMENT, pop_cache
 from infini_attention.models.inputs import packed_documents, padding_of, positions_of
-from infini_attention.models.loss import chunked_loss
+from infini_attention.models.loss import chunked_loss, shifted
+from infini_attention.models.runs import in_runs
 from infini_attention.ops import segment_positions
+from infini_attention.ops.context_parallel import check_division
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
@@ -23,11 +25,18 @@ MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_slidi
 class InfiniPreTrainedMixin:
     """Class attributes and initialisation that decoder and language model share."""
 
+    _no_split_modules: list[str] | None
     _is_stateful = True  # refuses assisted decoding: a memory cannot take tokens back
     _supports_attention_backend = False
     _supports_flash_attn = False
     _supports_flex_attn = False
     _can_compile_fullgraph = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Have sharding treat a gate by itself: it stays fp32 beside parameters that do not."""
+        super().__init_subclass__(**kwargs)
+        theirs = getattr(cls, "_no_split_modules", None) or []
+        cls._no_split_modules = [*theirs, MemoryGate.__name__]
 
     # On the decoder as well as on the language model: transformers initialises the parameters that a
     # checkpoint lacks through the innermost model around them.
@@ -64,6 +73,9 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         segment_weights: Tensor | None = None,
+        checkpoint_segments: int | None = None,
+        detach_every: int | None = None,
+        context_group: Any = None,
         **kwargs: Any,
     ) -> Any:
         """The family's forward, with a memory in the layers of `config.infini_layers`.
@@ -79,6 +91,11 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
                 packed or activations checkpointed.
             segment_weights: (batch, segments) how often each segment of this call counts in memory, for
                 training; see `infini_attention.ops.infini_attention`.
+            checkpoint_segments: so many segments go through the whole model at once, and again in the
+                backward pass: only their states are kept between. Gradients are those of the whole.
+            detach_every: gradients do not flow through the memory past every so many segments.
+            context_group: a torch.distributed process group whose ranks hold runs of whole segments of the
+                same sequences, in order; see `infini_attention.ops.context_parallel`.
             **kwargs: a cache (InfiniCache), `cu_seq_lens_q` (documents + 1,) for documents packed into a
                 batch of one, and whatever else the family's forward takes.
 
@@ -91,6 +108,24 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
         batch, length = inputs.shape[:2]
         cache = pop_cache(kwargs)
         self._refuse(cache, kwargs)
+        if checkpoint_segments is not None or detach_every is not None:
+            if context_group is not None:
+                raise ValueError(
+                    "context_group is set, and each of its processes takes its run of segments whole; leave "
+                    "out checkpoint_segments and detach_every, or use model.gradient_checkpointing_enable()"
+                )
+            return in_runs(
+                self,
+                inputs,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                segment_weights=segment_weights,
+                cache=cache,
+                use_cache=use_cache,
+                checkpoint_segments=checkpoint_segments,
+                detach_every=detach_every,
+                **kwargs,
+            )
         if isinstance(cache, InfiniStepCache) and (length != 1 or batch != len(cache.buffers.used)):
             raise ValueError(
                 f"an InfiniStepCache of {len(cache.buffers.used)} rows takes as many ids, one a row, and got "
@@ -107,6 +142,8 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
         )
         if use_cache is None:
             use_cache = self.config.use_cache and cu_seqlens is None and not self._checkpoints_activations
+        if context_group is not None:
+            self._check_context(context_group, batch, length, padding_mask, cu_seqlens)
         if use_cache and cache is None:
             cache = InfiniCache(self.config)
 
@@ -139,7 +176,7 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             segment_context=SegmentContext(
-                padding_mask, cu_seqlens, self._rotations(like, positions), segment_weights
+                padding_mask, cu_seqlens, self._rotations(like, positions), segment_weights, context_group
             ),
             **{CACHE_ARGUMENT: cache},
             **kwargs,
@@ -210,6 +247,18 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
                 "needs them in order; use data parallelism, or FSDP"
             )
 
+    def _check_context(
+        self, group: Any, batch: int, length: int, padding_mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> None:
+        """Raise ValueError where the processes of `group` cannot share out a sequence."""
+        self.config.check_every_layer_has_memory()
+        if padding_mask is not None or cu_seqlens is not None:
+            raise ValueError(
+                "context_group is set, and rows are padded or packed: their cuts would not fall where "
+                "processes end; give whole rows of equal length, or use data parallelism"
+            )
+        check_division(length, batch, segment_length=self.config.segment_length, group=group)
+
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, InfiniCache):
             raise ValueError(
@@ -270,7 +319,9 @@ class InfiniForCausalLMMixin(InfiniPreTrainedMixin):
             logits_to_keep: how many of the last tokens get logits; 0 for all.
             segment_weights: see there.
             loss_chunk: logits of so many tokens exist at once; the output then has a loss and no logits.
-            **kwargs: a cache, `num_items_in_batch` that losses are divided by, and whatever else the family's
+            **kwargs: a cache, `checkpoint_segments`, `detach_every` and `context_group` as in the decoder's
+                forward, `num_items_in_batch` that losses are divided by, `shift_labels` (batch, length) in
+                place of `labels`, which stand where they are predicted, and whatever else the family's
                 forward takes.
         """
         kwargs |= {
@@ -283,11 +334,10 @@ class InfiniForCausalLMMixin(InfiniPreTrainedMixin):
         }
         if loss_chunk is None:
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **kwargs)  # type: ignore[misc]
-        if labels is None:
-            raise ValueError("loss_chunk is set and there are no labels; give labels, or leave it out")
+        targets = shifted(labels, kwargs.pop("shift_labels", None))
         count = kwargs.pop("num_items_in_batch", None)
         hidden = self.model(**kwargs).last_hidden_state
-        loss = chunked_loss(self.logits_of, hidden, labels, chunk=loss_chunk, num_items_in_batch=count)
+        loss = chunked_loss(self.logits_of, hidden, targets, chunk=loss_chunk, num_items_in_batch=count)
         return CausalLMOutputWithPast(loss=loss)
 
     def logits_of(self, hidden_states: Tensor) -> Tensor:

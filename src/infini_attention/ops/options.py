@@ -1,6 +1,7 @@
 """What a backend is given: checked tensors and checked settings."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -55,3 +56,13 @@ class Inputs:
         tensors += [state.memory, state.normalizer, state.pending_memory, state.pending_normalizer]
         tensors += [state.local_key, state.local_value]
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast on `device`, or M and z would lose their precision to it.
+
+    Some devices have none to switch off, such as "meta", on which only shapes and sizes are computed.
+    """
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

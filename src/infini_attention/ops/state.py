@@ -149,10 +149,17 @@ class MemoryState:
 
     def select(self, rows: Tensor) -> "MemoryState":
         """The given rows, in the given order; `rows` is (n,) integer and may repeat or drop rows."""
-        selected = self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device, torch.int64)))
-        longest = max(selected.open_length.tolist(), default=0)
-        local_key, local_value = selected.local_key[:, :, :longest], selected.local_value[:, :, :longest]
-        return replace(selected, local_key=local_key, local_value=local_value)
+        return self._map(lambda x: x.index_select(0, rows.to(x.device, torch.int64)))._trimmed()
+
+    def forget(self, rows: Tensor) -> "MemoryState":
+        """The state in which the given rows start afresh; `rows` is (batch,) bool, True = forget."""
+        if not bool(rows.any()):
+            return self
+
+        def kept(x: Tensor) -> Tensor:
+            return torch.where(rows.to(x.device).view(-1, *[1] * (x.dim() - 1)), torch.zeros_like(x), x)
+
+        return self._map(kept)._trimmed()
 
     def detach(self) -> "MemoryState":
         """The same values, cut off from the graph that made them."""
@@ -165,6 +172,12 @@ class MemoryState:
     def to(self, device: torch.device | str) -> "MemoryState":
         """The state on `device`; dtypes do not change and `length` stays on the CPU."""
         return self._map(lambda tensor: tensor.to(device), length=self.length)
+
+    def _trimmed(self) -> "MemoryState":
+        """The state with no more places for the open segment than the longest row needs."""
+        longest = max(self.open_length.tolist(), default=0)
+        local_key, local_value = self.local_key[:, :, :longest], self.local_value[:, :, :longest]
+        return replace(self, local_key=local_key, local_value=local_value)
 
     def _map(self, function: Callable[[Tensor], Tensor], **kept: Tensor) -> "MemoryState":
         changed = {name: function(getattr(self, name)) for name in _tensor_names() if name not in kept}

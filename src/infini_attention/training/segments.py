@@ -31,3 +31,10 @@ def some_segments(
     if not 1 <= least <= most:
         raise ValueError(f"at least {least} segments are wanted, and inputs have {most}; give fewer")
     return int(torch.randint(least, most + 1, (), generator=generator)) * segment_length
+
+
+def most_segments(segments: int, least: int, curriculum_steps: int, step: int) -> int:
+    """The most segments of inputs at `step`: from `least` up to `segments`, over so many steps."""
+    if not curriculum_steps:
+        return segments
+    return least + int((segments - least) * min(1.0, step / curriculum_steps))

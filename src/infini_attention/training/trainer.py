@@ -1,45 +1,46 @@
 """InfiniTrainer: transformers' Trainer, with what a memory needs."""
 
+import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from infini_attention.layers import MemoryGate
+from infini_attention.models.compat import CACHE_ARGUMENT
+from infini_attention.models.loss import IGNORED, shifted
+from infini_attention.models.observe import Observation, gate_logits, observe
+from infini_attention.training.arguments import InfiniTrainingArguments
+from infini_attention.training.carrying import CarriedMemory
+from infini_attention.training.checkpoints import damage, keep_newest, newest_checkpoint, seal, unseal
+from infini_attention.training.context import ContextShare
 from infini_attention.training.parameters import parameter_groups
-from infini_attention.training.segments import repeated_segments, some_segments
+from infini_attention.training.segments import most_segments, repeated_segments, some_segments
+from infini_attention.training.signals import StopAtSignal
+from infini_attention.training.throughput import Throughput
+from infini_attention.training.warnings import MemoryWarnings
 
+logger = logging.getLogger(__name__)
 
-@dataclass
-class InfiniTrainingArguments(TrainingArguments):
-    """transformers' arguments, and those of the memory.
-
-    Attributes:
-        gate_learning_rate: of the gates; they have no weight decay.
-        gate_warmup_steps: linear, of the gates alone; the body's decay follows.
-        repeat_ceiling: how often a segment may count at most, drawn anew every step; 1 for never. See
-            `segments.repeated_segments`.
-        least_segments: inputs are cut to a random number of whole segments from here up; None for never.
-        loss_chunk: tokens whose logits exist at once.
-    """
-
-    gate_learning_rate: float = field(default=1e-2)
-    gate_warmup_steps: int = field(default=0)
-    repeat_ceiling: float = field(default=1.0)
-    least_segments: int | None = field(default=None)
-    loss_chunk: int = field(default=2048)
+BATCH_COLUMNS = ("shift_labels", "starts_document")  # of ours, beside the arguments of a model's forward
 
 
 class InfiniTrainer(Trainer):
     """Trains an `infini_*` language model; takes what transformers' Trainer takes.
 
     Its args are InfiniTrainingArguments. Gates are a parameter group of their own, the loss is made in
-    chunks, and segments can repeat. A loss that is no number stops the training with FloatingPointError.
+    chunks, segments can repeat, and a memory can be carried from step to step. Checkpoints hold everything
+    that a run needs to go on as if it had not been interrupted, and count only when they are whole. A loss
+    or a gradient that is no number stops the training with FloatingPointError. SIGTERM and Ctrl-C end it
+    after the step, with a checkpoint; `stopped_by` then names the signal.
     """
 
     args: InfiniTrainingArguments
@@ -49,11 +50,48 @@ class InfiniTrainer(Trainer):
         if not isinstance(self.args, InfiniTrainingArguments):
             raise ValueError(f"args are {type(self.args).__name__}; give InfiniTrainingArguments")
         self.model_accepts_loss_kwargs = True  # losses are sums over a whole step, accumulation included
-        self._random = torch.Generator().manual_seed(self.args.seed)
-        self.add_callback(GateWatch())
+        self.label_names, self.can_return_loss = [], True  # evaluate by labels or shift_labels alike
+        self.observation: Observation | None = None
+        self._logged: Observation | None = None
+        self._context = ContextShare.of(self.args)
+        self._random = torch.Generator().manual_seed(self.args.seed + self._context.number)
+        self._carried = CarriedMemory()
+        self._throughput = Throughput(self.model, self.args)
+        self._signals = StopAtSignal(self.accelerator)
+        self.warnings = MemoryWarnings(lambda: self.observation)
+        for callback in (self._signals, self.warnings):
+            self.add_callback(callback)
+        if self.is_fsdp_enabled and self.args.bf16:
+            # Weights are gathered as they are and computed with in bf16 by autocast: gates stay fp32.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The name of the signal that ended the training early, if one did."""
+        return self._signals.received
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **settings: Any
+    ) -> TrainOutput:
+        """Train; True goes on from the newest good checkpoint in `args.output_dir`.
+
+        Raises ValueError where there is none, or where the one that is named is damaged.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(self._newest())
+        elif resume_from_checkpoint and (reason := damage(Path(resume_from_checkpoint))):
+            raise ValueError(f"{reason}; go on from another checkpoint")
+        try:
+            return super().train(resume_from_checkpoint, *arguments, **settings)
+        finally:
+            self._signals.restore()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimiser that `args.optim` names, over `parameter_groups`."""
+        """The optimiser that `args.optim` names, over `parameter_groups`.
+
+        Adafactor scales the body's steps by the size of its parameters, as the paper's does (section 8 of
+        arXiv 1804.04235), and takes the gates' as they are.
+        """
         if self.optimizer is None:
             whole: Any = self.model if model is None else model
             chosen, settings = self.get_optimizer_cls_and_kwargs(self.args, whole)
@@ -63,6 +101,8 @@ class InfiniTrainer(Trainer):
                 weight_decay=self.args.weight_decay,
                 gate_learning_rate=self.args.gate_learning_rate,
             )
+            if "scale_parameter" in settings:
+                groups = [group | {"scale_parameter": group["name"] != "gates"} for group in groups]
             self.optimizer = chosen(groups, **settings)
         return self.optimizer
 
@@ -79,13 +119,42 @@ class InfiniTrainer(Trainer):
                     group["lr"] = scheduler.base_lrs[number] * factor(scheduler.last_epoch)
         return scheduler
 
-    def log(self, logs: dict[str, float], *arguments: Any, **settings: Any) -> None:
-        """Log, and with every loss the memory's share by the gates: least, mean and most over all heads."""
-        if "loss" in logs:
-            shares = gate_logits(self.model).sigmoid()
-            figures = {"gate_min": shares.min(), "gate_mean": shares.mean(), "gate_max": shares.max()}
-            logs |= {name: round(value.item(), 4) for name, value in figures.items()}
-        super().log(logs, *arguments, **settings)
+    def get_train_dataloader(self) -> DataLoader:
+        """transformers' own; the processes that share a sequence get the same rows."""
+        return self._context.shared(super().get_train_dataloader())
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """The batches of a step, and how many tokens all processes predict in it."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        counts = [
+            (shifted(batch.get("labels"), batch.get("shift_labels")) != IGNORED).sum() for batch in batches
+        ]
+        count = torch.stack(counts).sum().to(device)
+        return batches, self.accelerator.reduce(count) // self.args.context_parallel_size
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of one batch: drawn, shared out, with the memory carried to it."""
+        inputs = self._context.share(self._drawn(self._prepare_inputs(inputs)), self._segment_length)
+        starts = inputs.pop("starts_document", None)
+        if self.args.carry_memory:
+            inputs[CACHE_ARGUMENT] = self._carried.cache(self._config, starts)
+        observed = dict(inputs)
+        if self.args.carry_memory:
+            observed[CACHE_ARGUMENT] = inputs[CACHE_ARGUMENT].copy()  # the step moves its own on
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.carry_memory:
+            self._carried.keep(inputs[CACHE_ARGUMENT])
+        self._throughput.count(inputs["input_ids"].shape)
+        if self.args.observe_steps and self.state.global_step % self.args.observe_steps == 0:
+            with self.compute_loss_context_manager():
+                self.observation = observe(self.model, observed)
+        return loss
 
     def compute_loss(
         self,
@@ -95,73 +164,177 @@ class InfiniTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean cross entropy a token; of the whole step's tokens where `num_items_in_batch` counts them."""
-        inputs, chunk = dict(inputs), self.args.loss_chunk
-        if model.training:
-            inputs = self._drawn(inputs)
-        output = model(**inputs, use_cache=False, loss_chunk=chunk, num_items_in_batch=num_items_in_batch)
+        inputs = {name: value for name, value in inputs.items() if name != "starts_document"}
+        output = model(
+            **inputs, use_cache=False, loss_chunk=self.args.loss_chunk, num_items_in_batch=num_items_in_batch
+        )
         if model.training and not torch.isfinite(output.loss):
-            raise FloatingPointError(
-                f"the loss is {output.loss.item()} at step {self.state.global_step}; go on from the last "
-                f"checkpoint in {self.args.output_dir} with a lower learning rate"
-            )
-        return (output.loss, {"loss": output.loss}) if return_outputs else output.loss
+            raise FloatingPointError(f"the loss is {output.loss.item()} {self._where()}")
+        loss = output.loss
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # losses and gradients are averaged over processes
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *arguments: Any, **settings: Any) -> None:
+        """Log, and with every loss what the gates, the memory and the clock say."""
+        if "loss" in logs:
+            logs |= self._figures()
+        super().log(logs, *arguments, **settings)
+
+    def _figures(self) -> dict[str, float]:
+        shares = gate_logits(self.model).sigmoid()
+        figures = {"gate_min": shares.min(), "gate_mean": shares.mean(), "gate_max": shares.max()}
+        optimizer: Any = self.optimizer
+        rates = {group.get("name"): group["lr"] for group in optimizer.param_groups}
+        logs = {name: round(value.item(), 4) for name, value in figures.items()}
+        if "gates" in rates:
+            logs["gate_learning_rate"] = rates["gates"]
+        if self.observation is not None and self.observation is not self._logged:
+            self._logged = self.observation
+            logs |= self._everywhere(_observed(self.observation))
+        return logs | self._throughput.figures()
+
+    def _everywhere(self, figures: dict[str, float]) -> dict[str, float]:
+        """Means over processes, which saw different tokens."""
+        mine = torch.tensor(list(figures.values()), device=self.args.device)
+        means = self.accelerator.reduce(mine, reduction="mean")
+        return dict(zip(figures, means.tolist(), strict=True))
 
     def _drawn(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The inputs of this step: so many segments, each so often."""
-        model: Any = self.model
-        size, (rows, length) = model.config.segment_length, inputs["labels"].shape
-        if self.args.least_segments is not None:
-            length = some_segments(length, size, self.args.least_segments, generator=self._random)
-            inputs = {name: x[:, -length:] for name, x in inputs.items()}
-        if self.args.repeat_ceiling > 1:
-            segments = math.ceil(length / size)
-            weights = repeated_segments(rows, segments, self.args.repeat_ceiling, generator=self._random)
-            inputs["segment_weights"] = weights.to(inputs["labels"].device)
+        """The inputs of this step: so many segments, each so often, and how they go through the model."""
+        args, size = self.args, self._segment_length
+        inputs = dict(inputs)
+        rows, length = inputs["input_ids"].shape
+        if args.least_segments is not None:
+            most = most_segments(
+                length // size, args.least_segments, args.curriculum_steps, self.state.global_step
+            )
+            length = some_segments(most * size, size, args.least_segments, generator=self._random)
+            inputs = {name: x[:, -length:] if _is_tokens(x) else x for name, x in inputs.items()}
+        if args.repeat_ceiling > 1:
+            documents = _documents(inputs)
+            counts = [length] * rows if documents is None else documents
+            segments = max(math.ceil(count / size) for count in counts)
+            weights = repeated_segments(len(counts), segments, args.repeat_ceiling, generator=self._random)
+            inputs["segment_weights"] = weights.to(inputs["input_ids"].device)
+        for name in ("checkpoint_segments", "detach_every"):
+            if getattr(args, name) is not None:
+                inputs[name] = getattr(args, name)
         return inputs
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.carry_memory:
+            dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+            return SequentialSampler(dataset)
+        return super()._get_train_sampler(train_dataset)
 
-class GateWatch(TrainerCallback):
-    """Says in words when the gates do not move."""
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        columns += [name for name in BATCH_COLUMNS if name not in columns]
 
-    patience = 200  # steps after which gates that stay within `least` of their start are worth a word
-    least = 0.05
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not math.isfinite(norm):  # now, before the optimiser spreads it
+            raise FloatingPointError(f"the gradient's norm is {float(norm)} {self._where()}")
+        return norm
 
-    def __init__(self) -> None:
-        self._start: Tensor | None = None
-        self._said = False
+    def _where(self) -> str:
+        """At which step, and what to go on from."""
+        good, _ = newest_checkpoint(self._folder)
+        remedy = "there is no checkpoint to go on from; start" if good is None else f"go on from {good}"
+        return f"at step {self.state.global_step}; {remedy} with a lower learning rate"
 
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        """Remember where the gates start."""
-        self._start = gate_logits(model)
+    def _newest(self) -> Path:
+        folder = self._folder
+        good, wrong = newest_checkpoint(folder)
+        for reason in wrong:
+            logger.warning("%s; an earlier checkpoint is taken", reason)
+        if good is None:
+            raise ValueError(f"{folder} holds no whole checkpoint; start without resume_from_checkpoint")
+        return good
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        """Say once when the gates stay where they were."""
-        if logs is None or model is None or "loss" not in logs:
-            return
-        logits = gate_logits(model)
-        moved = 0.0 if self._start is None else (logits - self._start).abs().max().item()
-        if state.global_step >= self.patience and moved < self.least and not self._said:
-            self._said = True
-            print(
-                f"gates have moved by {moved:.3f} at most in {state.global_step} steps: the memory is not "
-                "being used; raise gate_learning_rate, or check that inputs have several segments"
-            )
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """transformers' checkpoint and our own state; whole only once the manifest is there."""
+        folder = Path(self._get_output_dir(trial=trial))
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            unseal(checkpoint)
+        with _unlimited(self.args) as limit:
+            super()._save_checkpoint(model, trial)
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        torch.save(self._own_state(), checkpoint / self._own_state_name)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(checkpoint)
+            if limit is not None:
+                best = self.state.best_model_checkpoint
+                keep_newest(folder, limit, also=None if best is None else Path(best))
+        self.accelerator.wait_for_everyone()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            path = Path(checkpoint) / self._own_state_name
+            state = torch.load(path, map_location=self.args.device, weights_only=True)
+            self._random.set_state(state["random"].cpu())
+            self._carried.load(state["carried"])
+
+    @property
+    def _own_state_name(self) -> str:
+        return f"infini_{self.args.process_index}.pt"
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"random": self._random.get_state(), "carried": self._carried.save()}
+
+    @property
+    def _folder(self) -> Path:
+        assert self.args.output_dir is not None
+        return Path(self.args.output_dir)
+
+    @property
+    def _config(self) -> Any:
+        model: Any = self.model
+        return model.config
+
+    @property
+    def _segment_length(self) -> int:
+        return int(self._config.segment_length)
 
 
-def gate_logits(model: Any) -> Tensor:
-    """All gates' logits, (layers with a memory, heads) fp32 on the CPU."""
-    gates = [module for module in model.modules() if isinstance(module, MemoryGate)]
-    return torch.stack([gate.logits.detach().float().cpu() for gate in gates])
+@contextmanager
+def _unlimited(args: InfiniTrainingArguments) -> Iterator[int | None]:
+    """Keep transformers from deleting old checkpoints before the new one is whole; yields the limit."""
+    limit, args.save_total_limit = args.save_total_limit, None
+    try:
+        yield limit
+    finally:
+        args.save_total_limit = limit
+
+
+def _observed(observation: Observation) -> dict[str, float]:
+    """The figures of an observation that stand in a log."""
+    return {
+        "memory_share": observation.share.mean().item(),
+        "memory_norm": observation.memory_norm.mean().item(),
+        "memory_saturation": observation.saturation.mean().item(),
+        "loss_memory_off": observation.loss_memory_off,
+        "memory_gain": observation.memory_gain,
+    }
+
+
+def _is_tokens(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 1
+
+
+def _documents(inputs: dict[str, Any]) -> list[int] | None:
+    """Lengths of the documents that are packed into this batch; None where rows are what they seem."""
+    positions = inputs.get("position_ids")
+    if positions is None or len(positions) != 1:
+        return None
+    starts = (positions[0] == 0).nonzero().squeeze(1).tolist()
+    ends = [*starts[1:], positions.shape[1]]
+    return [end - start for start, end in zip(starts, ends, strict=True)] if len(starts) > 1 else None
 
 
 def _gates_factor(body: Callable[[int], float], warmup: int, own: int) -> Callable[[int], float]:

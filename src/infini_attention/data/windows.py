@@ -1,0 +1,158 @@
+"""Windows of tokens for training: map-style datasets over a TokenStore.
+
+Every token of a document but its first, which has nothing before it, is to be predicted exactly once. Items
+can be read in any order and by any number of workers.
+"""
+
+import heapq
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from infini_attention.data.shards import TokenStore
+
+IGNORED = -100
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """Every document cut into windows of `length` tokens, its last one filled up.
+
+    Items are `input_ids` and `shift_labels`, each (length,) int64. shift_labels[t] is the token that comes
+    after input_ids[t] in the document, -100 where none does, where the window is filled up (with id 0), or
+    where an earlier window has it.
+
+    Args:
+        store: the documents' tokens.
+        length: tokens a window.
+        stride: from one window's first token to the next one's; default `length`. With less, a window begins
+            with length - stride tokens that an earlier one has predicted, for their context.
+
+    Raises:
+        ValueError: a length below 1, or a stride outside 1 to `length`.
+    """
+
+    def __init__(self, store: TokenStore, length: int, *, stride: int | None = None) -> None:
+        stride = length if stride is None else stride
+        if not 1 <= stride <= length:
+            raise ValueError(f"length is {length} and stride {stride}; give 1 <= stride <= length")
+        self.store, self.length, self.stride = store, length, stride
+        later = -(-np.maximum(store.lengths - 1 - length, 0) // stride)
+        self._ends = np.cumsum(np.where(store.lengths > 1, 1 + later, 0))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """The window number `index`, documents in their order."""
+        document, number = _find(self._ends, range(len(self))[index])
+        item = _window(self.store, document, number * self.stride, self.length)
+        if number:
+            item["shift_labels"][: self.length - self.stride] = IGNORED
+        return item
+
+
+class CarriedWindows(Dataset[dict[str, Tensor]]):
+    """Windows in the order in which a memory that is carried from step to step can read them.
+
+    Each row of the batch goes through documents of its own, window after window. The documents are shuffled
+    and each goes to the row that has the least so far. Item `step * rows + row` is what `row` reads in
+    `step`: read the items in their order, `rows` at a time.
+
+    Items are those of `Windows` (without overlap), and `starts_document`, a bool of no dimension: true where
+    the row's memory has to be emptied first. Rows that end early are filled with windows that have nothing to
+    predict, and start documents.
+
+    Args:
+        store: the documents' tokens.
+        length: tokens a window.
+        rows: of the whole batch, over all processes.
+        seed: of the shuffle.
+
+    Raises:
+        ValueError: a length or rows below 1, or fewer documents of at least two tokens than rows.
+    """
+
+    def __init__(self, store: TokenStore, length: int, rows: int, *, seed: int = 0) -> None:
+        if length < 1 or rows < 1:
+            raise ValueError(f"length is {length} and rows {rows}; give at least 1 of each")
+        self.store, self.length, self.rows = store, length, rows
+        windows = -(-(store.lengths - 1) // length)
+        shuffled = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed)).numpy()
+        self._documents = _deal(shuffled[windows[shuffled] > 0], windows, rows)
+        self._ends = [np.cumsum(windows[documents]) for documents in self._documents]
+        self.steps = max(int(ends[-1]) for ends in self._ends)
+
+    def __len__(self) -> int:
+        return self.steps * self.rows
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """What row `index % rows` reads in step `index // rows`."""
+        step, row = divmod(range(len(self))[index], self.rows)
+        if step >= self._ends[row][-1]:
+            nothing = torch.full((self.length,), IGNORED)
+            item = {"input_ids": torch.zeros_like(nothing), "shift_labels": nothing}
+            return item | {"starts_document": torch.tensor(True)}
+        place, number = _find(self._ends[row], step)
+        item = _window(self.store, int(self._documents[row][place]), number * self.length, self.length)
+        return item | {"starts_document": torch.tensor(number == 0)}
+
+
+class PackedDocuments(Dataset[dict[str, Tensor]]):
+    """Whole documents, or pieces of at most `length` tokens, of as many tokens as they have.
+
+    For `transformers.DataCollatorWithFlattening`, which packs a batch into one row whose positions restart at
+    every item, and takes the first token of each for given: so a piece begins with the last token of the one
+    before. Items are `input_ids` and `labels`, the same, (tokens,) int64.
+
+    Raises:
+        ValueError: a length below 2.
+    """
+
+    def __init__(self, store: TokenStore, length: int) -> None:
+        if length < 2:
+            raise ValueError(f"length is {length}; give at least 2, of which one is predicted")
+        self.store, self.length = store, length
+        self._ends = np.cumsum(-(-(store.lengths - 1) // (length - 1)))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """The piece number `index`, documents in their order."""
+        document, number = _find(self._ends, range(len(self))[index])
+        start = number * (self.length - 1)
+        tokens = self.store.document(document, start, start + self.length)
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def _find(ends: np.ndarray, index: int) -> tuple[int, int]:
+    """The document that window `index` is of, and which of its windows; `ends` counts windows up to each."""
+    document = int(np.searchsorted(ends, index, side="right"))
+    return document, index - (int(ends[document - 1]) if document else 0)
+
+
+def _window(store: TokenStore, document: int, start: int, length: int) -> dict[str, Tensor]:
+    tokens = store.document(document, start, start + length + 1)
+    inputs, labels = tokens[:length], tokens[1:]
+    return {
+        "input_ids": F.pad(inputs, (0, length - len(inputs))),
+        "shift_labels": F.pad(labels, (0, length - len(labels)), value=IGNORED),
+    }
+
+
+def _deal(documents: np.ndarray, windows: np.ndarray, rows: int) -> list[list[int]]:
+    """Give each document in turn to the row that has the fewest windows so far."""
+    if len(documents) < rows:
+        raise ValueError(
+            f"{len(documents)} documents have something to predict, for {rows} rows; give fewer rows"
+        )
+    dealt: list[list[int]] = [[] for _ in range(rows)]
+    loads = [(0, row) for row in range(rows)]
+    for document in documents:
+        load, row = heapq.heappop(loads)
+        dealt[row].append(int(document))
+        heapq.heappush(loads, (load + int(windows[document]), row))
+    return dealt

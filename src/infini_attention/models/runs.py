@@ -1,0 +1,141 @@
+"""A sequence in runs of whole segments: what training keeps of it is then the states between them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from infini_attention.models.cache import InfiniCache
+from infini_attention.models.compat import CACHE_ARGUMENT
+
+
+def in_runs(
+    model: Any,
+    inputs: Tensor,
+    *,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    segment_weights: Tensor | None,
+    cache: Any,
+    use_cache: bool | None,
+    checkpoint_segments: int | None,
+    detach_every: int | None,
+    **kwargs: Any,
+) -> BaseModelOutputWithPast:
+    """The decoder's output, made a run of segments at a time; states are handed from run to run.
+
+    A run is `checkpoint_segments` segments and goes through the model once more in the backward pass; where
+    that is None, it is `detach_every` segments and does not. Gradients flow through the states from the last
+    run to the first, except where `detach_every` cuts them off.
+
+    Args:
+        model: a decoder in which every layer has a memory.
+        inputs: (batch, length) ids, or embeddings (batch, length, hidden_size).
+        attention_mask: as in the decoder's forward.
+        position_ids: not used, but where they restart documents are packed, which is refused.
+        segment_weights: (batch, segments) as in the decoder's forward.
+        cache: an InfiniCache to go on from, which has the last states afterwards; or None.
+        use_cache: whether to return one where none was given.
+        checkpoint_segments: a whole number of at least 1, or None.
+        detach_every: a multiple of it, or None.
+        **kwargs: what else the family's forward takes.
+
+    Raises:
+        ValueError: numbers that do not divide, layers without a memory, packed documents, or weights beside
+            rows that are cut at different places.
+    """
+    _check(model, position_ids, kwargs, checkpoint_segments, detach_every)
+    run_segments = checkpoint_segments or detach_every
+    assert run_segments is not None
+    carried = InfiniCache(model.config) if cache is None else cache.copy()
+    used = _used(carried, model.config, attention_mask, segment_weights)
+
+    def forward(
+        tokens: Tensor, before: InfiniCache, weights: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, InfiniCache]:
+        after = before.copy()  # the run happens twice, from the same states
+        ids = {"input_ids": tokens} if inputs.dim() == 2 else {"inputs_embeds": tokens}
+        settings = {"attention_mask": mask, "segment_weights": weights, "use_cache": True}
+        output = model(**ids, **settings, **{CACHE_ARGUMENT: after}, **kwargs)
+        return output.last_hidden_state, after
+
+    hidden = []
+    seen = carried.get_seq_length()
+    for number, run in enumerate(_runs(inputs.shape[1], run_segments, model.config.segment_length, used)):
+        if detach_every is not None and number and number * run_segments % detach_every == 0:
+            carried = carried.detach()
+        columns = slice(number * run_segments, (number + 1) * run_segments)
+        weights = None if segment_weights is None else segment_weights[:, columns]
+        mask = None if attention_mask is None else attention_mask[:, : seen + run.stop]
+        if checkpoint_segments is not None and torch.is_grad_enabled():
+            output, carried = checkpoint(forward, inputs[:, run], carried, weights, mask, use_reentrant=False)
+        else:
+            output, carried = forward(inputs[:, run], carried, weights, mask)
+        hidden.append(output)
+    if cache is not None:
+        cache.layers = carried.layers
+    kept: dict[str, Any] = {CACHE_ARGUMENT: cache if cache is not None else carried if use_cache else None}
+    return BaseModelOutputWithPast(last_hidden_state=torch.cat(hidden, dim=1), **kept)
+
+
+def _check(
+    model: Any,
+    position_ids: Tensor | None,
+    arguments: dict[str, Any],
+    checkpoint_segments: int | None,
+    detach_every: int | None,
+) -> None:
+    model.config.check_every_layer_has_memory()
+    for name, number in (("checkpoint_segments", checkpoint_segments), ("detach_every", detach_every)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} is {number}; give at least 1, or None")
+    if checkpoint_segments and detach_every and detach_every % checkpoint_segments:
+        raise ValueError(
+            f"detach_every is {detach_every}, which is no multiple of checkpoint_segments "
+            f"{checkpoint_segments}; gradients can be cut between runs only"
+        )
+    if model.gradient_checkpointing and model.training:
+        raise ValueError(
+            "layers are checkpointed already; call model.gradient_checkpointing_disable(), or leave out "
+            "checkpoint_segments and detach_every"
+        )
+    if arguments.get("cu_seq_lens_q") is not None or _restarts(position_ids):
+        raise ValueError(
+            "documents are packed, and have no common segments to take in runs; give one document a row, or "
+            "leave out checkpoint_segments and detach_every"
+        )
+    if arguments.get("output_hidden_states"):
+        raise ValueError(
+            "output_hidden_states=True, but runs keep no hidden states between layers; leave it out"
+        )
+
+
+def _restarts(position_ids: Tensor | None) -> bool:
+    return position_ids is not None and bool((position_ids.diff(dim=1) < 0).any())
+
+
+def _used(
+    cache: InfiniCache, config: Any, attention_mask: Tensor | None, segment_weights: Tensor | None
+) -> int:
+    """Tokens of the open segment, so that runs end where segments do; 0 where rows differ."""
+    state = cache.layers[config.infini_layers[0]].state
+    used = [0] if state is None else state.open_length.tolist()
+    alike = len(set(used)) == 1 and (attention_mask is None or bool((attention_mask != 0).all()))
+    if segment_weights is not None and not alike:
+        raise ValueError(
+            "segment_weights are set, and rows are padded or have open segments of different lengths, so "
+            "that no run has the same segments in all rows; give rows of equal length, or no weights"
+        )
+    return used[0] if alike else 0
+
+
+def _runs(length: int, run_segments: int, segment_length: int, used: int) -> Iterator[slice]:
+    """The tokens of each run; the first finishes the segment that is open."""
+    start = 0
+    while start < length:
+        stop = min(length, start + run_segments * segment_length - (used if start == 0 else 0))
+        yield slice(start, stop)
+        start = stop

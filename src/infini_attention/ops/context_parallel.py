@@ -1,0 +1,249 @@
+"""Context parallelism: each rank of a process group holds a run of whole segments of the same sequences.
+
+All that a rank lacks is the memory that its first token meets. What a run of segments does to a memory is of
+fixed size. With the sums A_s, B_s, z_s of `ops.parallel`, and w_s for how often a segment counts:
+
+    linear   M <- M + U        U = sum_s w_s B_s
+    delta    M <- T M + U      [T | U] = X, scanned X <- X - A_s X + [0 | w_s B_s] from X = [I | 0]
+    both     z <- z + sum_s w_s z_s
+
+Each rank sends this of its run, and folds what the ranks before it sent. That is one all-gather for the
+linear rule, and two for delta, whose A_s needs the z before it. Backward mirrors each with a reduce-scatter.
+Any rank may ask for gradients of an earlier one's keys and values, so every rank takes part in these too:
+graphs have the same shape on all of them, the first included, which needs nothing of the others.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from infini_attention.ops import feature_maps
+from infini_attention.ops.infini import UPDATE_RULES
+from infini_attention.ops.state import MemoryState, denominator
+
+
+def incoming_state(
+    key: Tensor,
+    value: Tensor,
+    *,
+    segment_length: int,
+    update_rule: str = "linear",
+    feature_map: str = "elu1",
+    segment_weights: Tensor | None = None,
+    state: MemoryState | None = None,
+    group: dist.ProcessGroup,
+) -> MemoryState:
+    """The state that this rank's first token meets: what `infini_attention` takes as `state` for its run.
+
+    Collective: every rank of `group` calls it with the next run of the same sequences, without padding or
+    packing (see `check_division`). The outputs of `infini_attention` are then those of one process, and the
+    last rank's state is that of the whole sequences. Gradients cross ranks: each calls backward on a loss
+    that its output enters, if only with weight 0, and with gradients switched on or off on all alike.
+
+    Args:
+        key: (batch, kv_heads, length, head_dim), without position embedding; length is a multiple of
+            `segment_length` on every rank but the last.
+        value: (batch, kv_heads, length, value_dim).
+        segment_length: N, tokens a segment.
+        update_rule: "linear" or "delta".
+        feature_map: sigma, a name of `ops.feature_maps`.
+        segment_weights: (batch, segments of this run): how often each counts in memory.
+        state: the tokens before the whole sequences, on the first rank only, with no segment open.
+        group: the ranks, in the order of their runs.
+
+    Returns:
+        MemoryState with no segment open, in fp32 (fp64 where the inputs are).
+
+    Raises:
+        ValueError: an unknown update rule or feature map; a state on another rank than the first, or of
+            another kind than the inputs need; a run that ends inside a segment before the last rank.
+    """
+    if update_rule not in UPDATE_RULES:
+        names = ", ".join(map(repr, UPDATE_RULES))
+        raise ValueError(f"update_rule is {update_rule!r}; choose one of {names}")
+    sigma, rank = feature_maps.get(feature_map), dist.get_rank(group)
+    start = MemoryState.empty(
+        key.shape[0],
+        key.shape[1],
+        key.shape[-1],
+        value.shape[-1],
+        segment_length=segment_length,
+        feature_map=feature_map,
+        dtype=value.dtype,
+        device=value.device,
+    )
+    if state is not None:
+        _check_state(state, start, rank)
+        start = state
+    length = _length_before(start, key, group)
+
+    with torch.autocast(key.device.type, enabled=False):  # as in infini_attention
+        keys = sigma(_whole_segments(key, segment_length).to(start.memory.dtype))
+        values = _whole_segments(value, segment_length).to(start.memory.dtype)
+        memory_sums, normalizer_sums = keys.transpose(-1, -2) @ values, keys.sum(dim=3)
+        if segment_weights is not None:
+            weights = segment_weights[:, None, : keys.shape[2], None].to(start.memory)
+            memory_sums, normalizer_sums = memory_sums * weights[..., None], normalizer_sums * weights
+        fold = _delta if update_rule == "delta" else _linear
+        memory, normalizer = fold(keys, memory_sums, normalizer_sums, start, group)
+    return replace(start, memory=memory, normalizer=normalizer, length=length)
+
+
+def check_division(length: int, rows: int, *, segment_length: int, group: dist.ProcessGroup) -> None:
+    """Refuse runs that `incoming_state` cannot join; collective, once before a forward pass.
+
+    `length` and `rows` are this rank's tokens and sequences. Raises the same ValueError on every rank where
+    one holds no tokens or other rows than the first, or one before the last ends inside a segment.
+    """
+    held: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(held, (length, rows), group=group)
+    _check_whole([tokens for tokens, _ in held], segment_length)
+    for rank, (tokens, batch) in enumerate(held):
+        if tokens == 0:
+            raise ValueError(f"rank {rank} of {len(held)} holds no tokens; divide by segment_split")
+        if batch != held[0][1]:
+            raise ValueError(
+                f"rank {rank} of {len(held)} holds {batch} rows and rank 0 {held[0][1]}; "
+                "give every rank a run of the same sequences"
+            )
+
+
+def segment_split(length: int, *, segment_length: int, ranks: int) -> list[slice]:
+    """Where each rank's tokens lie in a sequence of `length`: whole segments, shared out evenly.
+
+    Earlier ranks have one more where they do not divide, the last has the unfinished segment. Raises
+    ValueError when there are fewer segments than ranks.
+    """
+    whole = length // segment_length
+    if -(-length // segment_length) < ranks:
+        raise ValueError(
+            f"{length} tokens are {-(-length // segment_length)} segments of {segment_length}, too few for "
+            f"{ranks} ranks; use fewer ranks, shorter segments or longer sequences"
+        )
+    counts = [whole // ranks + (rank < whole % ranks) for rank in range(ranks)]
+    ends = [end * segment_length for end in accumulate(counts, initial=0)]
+    ends[-1] = length
+    return [slice(first, last) for first, last in pairwise(ends)]
+
+
+def _check_state(state: MemoryState, empty: MemoryState, rank: int) -> None:
+    if rank:
+        raise ValueError(f"state is given on rank {rank}; give it on rank 0, the others meet it through that")
+    if state.segment_length != empty.segment_length:
+        raise ValueError(
+            f"state was made with segment_length {state.segment_length}, this call has "
+            f"{empty.segment_length}; use the same"
+        )
+    given, needed = (f"{tuple(one.memory.shape)} {one.memory.dtype}" for one in (state, empty))
+    if given != needed:
+        raise ValueError(
+            f"state.memory is {given}; these inputs need {needed}: use a state of the same model, batch and "
+            "feature map"
+        )
+
+
+def _check_whole(lengths: Sequence[int], segment_length: int) -> None:
+    for rank, length in enumerate(lengths[:-1]):
+        if length % segment_length:
+            raise ValueError(
+                f"rank {rank} of {len(lengths)} holds {length} tokens, not whole segments of "
+                f"{segment_length}; only the last may end inside one: divide by segment_split"
+            )
+
+
+def _length_before(start: MemoryState, key: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Each row's tokens before this rank's, (batch,) int64 on the CPU."""
+    tokens = torch.full_like(start.length, key.shape[2])
+    gathered = _all_gather(torch.stack([start.length, tokens]).to(key.device), group).cpu()
+    _check_whole(gathered[:, 1, 0].tolist(), start.segment_length)
+    open_length = int((gathered[0, 0] % start.segment_length).max())
+    if open_length:
+        raise ValueError(
+            f"state has {open_length} tokens of an open segment; runs begin with a segment: finish it first"
+        )
+    return start.length + gathered[: dist.get_rank(group)].sum(dim=(0, 1))
+
+
+def _whole_segments(x: Tensor, segment_length: int) -> Tensor:
+    """(batch, heads, length, dim) to (batch, heads, segments, N, dim), without an unfinished one."""
+    segments = x.shape[2] // segment_length
+    whole = x[:, :, : segments * segment_length]
+    return whole.reshape(*x.shape[:2], segments, segment_length, x.shape[3])
+
+
+def _linear(
+    keys: Tensor, memory_sums: Tensor, normalizer_sums: Tensor, start: MemoryState, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """M and z before this rank's run, by one all-gather of both."""
+    carried = torch.cat([start.memory, start.normalizer[..., None]], dim=-1)
+    sums = torch.cat([memory_sums, normalizer_sums[..., None]], dim=-1).sum(dim=2)
+    before = _sum_before(carried, sums, group)
+    return before[..., :-1].contiguous(), before[..., -1].contiguous()
+
+
+def _delta(
+    keys: Tensor, memory_sums: Tensor, normalizer_sums: Tensor, start: MemoryState, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """M and z before this rank's run; `keys` are features, (batch, kv_heads, segments, N, feature_dim)."""
+    normalizer = _sum_before(start.normalizer, normalizer_sums.sum(dim=2), group)
+    before_z = torch.stack([*accumulate(normalizer_sums.unbind(2), initial=normalizer)], dim=2)[:, :, :-1]
+    removal = keys.transpose(-1, -2) @ (keys / denominator(keys, before_z))  # A_s
+
+    feature_dim = keys.shape[-1]
+    identity = torch.eye(feature_dim).to(start.memory).expand(*start.memory.shape[:2], -1, -1)
+    # The last part has no columns. It ties the two gathers together where a run has no whole segment, so that
+    # both are in every rank's backward.
+    X = torch.cat([identity, start.memory, normalizer[..., None][..., :0]], dim=-1)
+    for A, B in zip(removal.unbind(2), F.pad(memory_sums, (feature_dim, 0)).unbind(2), strict=True):
+        X = X - A @ X + B
+
+    gathered = _gather(X, group)
+    memory = start.memory + gathered[:0, ..., feature_dim:].sum(dim=0)  # the first rank's part in the graph
+    for T, U in (pair.tensor_split([feature_dim], dim=-1) for pair in gathered[: dist.get_rank(group)]):
+        memory = T @ memory + U
+    return memory, normalizer
+
+
+def _sum_before(carried: Tensor, own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of what the first rank has `carried` and the `own` of the ranks before this one.
+
+    Nothing is subtracted from a prefix. The first rank sums over none, which keeps it in the graph.
+    """
+    return carried + _gather(carried + own, group)[: dist.get_rank(group)].sum(dim=0)
+
+
+def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's `x`, (ranks, ...); `x` is changed in place to require gradients where they are on."""
+    if torch.is_grad_enabled():
+        x.requires_grad_()  # its backward is collective: every rank takes part, whatever its inputs need
+    gathered: Tensor = _Gather.apply(x, group)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather; backward gives each rank the sum of what all ranks ask of its tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _all_gather(x, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        own = gradient.new_empty(gradient.shape[1:])
+        dist.reduce_scatter(own, list(gradient.contiguous()), group=ctx.group)
+        return own, None
+
+
+def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    gathered = x.new_empty(dist.get_world_size(group), *x.shape)
+    dist.all_gather(list(gathered), x.contiguous(), group=group)
+    return gathered

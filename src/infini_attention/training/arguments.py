@@ -1,0 +1,81 @@
+"""InfiniTrainingArguments: transformers' arguments, and those of a memory."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class InfiniTrainingArguments(TrainingArguments):
+    """transformers' arguments, and those of the memory.
+
+    Attributes:
+        gate_learning_rate: of the gates; they have no weight decay.
+        gate_warmup_steps: linear, of the gates alone; the body's decay follows.
+        repeat_ceiling: how often a segment may count at most, drawn anew every step; 1 for never. See
+            `segments.repeated_segments`.
+        least_segments: inputs are cut to a random number of whole segments from here up; None for never.
+        curriculum_steps: the most segments that are drawn grow from `least_segments` to all over so many
+            steps; 0 for all from the first.
+        loss_chunk: tokens whose logits exist at once.
+        checkpoint_segments: so many segments go through the model at once, and again in the backward pass,
+            which keeps only their states between; None keeps every activation.
+        detach_every: gradients do not flow through the memory past every so many segments; None for never.
+        carry_memory: the memory goes on from step to step, row by row, and starts afresh where a row's
+            `starts_document` says so; see `infini_attention.data.windows.CarriedWindows`.
+        context_parallel_size: so many processes share each sequence, a run of whole segments each.
+        observe_steps: every so many steps the memory's part in the output and the loss without it are
+            measured on the step's own tokens; 0 for never.
+    """
+
+    gate_learning_rate: float = field(default=1e-2)
+    gate_warmup_steps: int = field(default=0)
+    repeat_ceiling: float = field(default=1.0)
+    least_segments: int | None = field(default=None)
+    curriculum_steps: int = field(default=0)
+    loss_chunk: int = field(default=2048)
+    checkpoint_segments: int | None = field(default=None)
+    detach_every: int | None = field(default=None)
+    carry_memory: bool = field(default=False)
+    context_parallel_size: int = field(default=1)
+    observe_steps: int = field(default=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # for copies to a GPU
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        if not self.repeat_ceiling >= 1:
+            raise ValueError(f"repeat_ceiling is {self.repeat_ceiling}; give at least 1, which is never")
+        if self.curriculum_steps and self.least_segments is None:
+            raise ValueError(
+                f"curriculum_steps is {self.curriculum_steps}, and there is nothing to begin with; "
+                "set least_segments"
+            )
+        if self.carry_memory and self.least_segments is not None:
+            raise ValueError(
+                f"carry_memory is set and least_segments is {self.least_segments}: what is cut off would be "
+                "missing from the document; leave one of them out"
+            )
+        if self.context_parallel_size < 1 or self.world_size % self.context_parallel_size:
+            raise ValueError(
+                f"context_parallel_size is {self.context_parallel_size}, which does not divide the "
+                f"{self.world_size} processes; choose a divisor, or start more processes"
+            )
+        if self.context_parallel_size > 1:
+            self._check_context_parallel()
+
+    def _check_context_parallel(self) -> None:
+        for name in ("carry_memory", "checkpoint_segments", "detach_every"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"context_parallel_size is {self.context_parallel_size}, with which {name} has no "
+                    "meaning; leave it out"
+                )
+        if self.least_segments is not None and self.least_segments < self.context_parallel_size:
+            raise ValueError(
+                f"least_segments is {self.least_segments}, and {self.context_parallel_size} processes need "
+                f"one segment each; set least_segments to at least {self.context_parallel_size}"
+            )

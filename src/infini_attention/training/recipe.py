@@ -1,0 +1,149 @@
+"""Recipes: all that an experiment is, in one YAML file, typed and checked, each value set anew by --name."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from infini_attention.data.documents import Documents
+from infini_attention.training.arguments import InfiniTrainingArguments
+
+
+@dataclass
+class ModelRecipe:
+    """The model to train.
+
+    Attributes:
+        base: A pre-trained model, by name, folder, GGUF file or alias: retrofitted, or gone on with if it has
+            memories. None for fresh weights.
+        family: Of fresh weights: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3, smollm3 or granite.
+        sizes: Fields of the family's config, for fresh weights; the vocabulary's size comes from the data.
+        segment_length: Tokens a segment.
+        update_rule: linear or delta.
+        feature_map: Of the memory.
+        empty_memory: local or gated.
+        layers: That get a memory; by default all that can have one.
+        gate_init: Logit of every gate; by default 0 for fresh weights and -4 for a retrofit.
+        memory: False shuts the gates for good and does not train them: the same model without memory.
+    """
+
+    base: str | None = None
+    family: str = "llama"
+    sizes: dict[str, Any] = field(default_factory=dict)
+    segment_length: int = 2048
+    update_rule: str = "linear"
+    feature_map: str = "elu1"
+    empty_memory: str = "local"
+    layers: list[int] | None = None
+    gate_init: float | None = None
+    memory: bool = True
+
+
+@dataclass
+class CopyTaskRecipe:
+    """The copy task; its segments are as long as there are keys. See `infini_attention.data.copy_task`.
+
+    Attributes:
+        examples: How many there are.
+        keys: How many keys, which is also the segment length.
+        values: How many values.
+        segments_back: How many segments lie between a question and its answer.
+    """
+
+    examples: int
+    keys: int = 8
+    values: int = 16
+    segments_back: int = 2
+
+
+@dataclass
+class DataRecipe:
+    """What it is trained on: documents, or the copy task.
+
+    Attributes:
+        documents: To train on.
+        validation: Documents to measure the loss on after training.
+        tokenizer: The base's by default; bytes for UTF-8 bytes, or the name of a model.
+        length: Tokens a row.
+        pack: Whole documents, or pieces of at most `length` tokens, are packed into one row a process, each
+            with its own memory; else rows are windows of one document.
+        shards: Folder for tokens, which are made once.
+        copy_task: Instead of documents.
+    """
+
+    documents: Documents | None = None
+    validation: Documents | None = None
+    tokenizer: str | None = None
+    length: int = 32_768
+    pack: bool = False
+    shards: Path = Path("out/tokens")
+    copy_task: CopyTaskRecipe | None = None
+
+
+@dataclass
+class Recipe:
+    """An experiment: a model, its data, and how it is trained."""
+
+    model: ModelRecipe
+    data: DataRecipe
+    training: InfiniTrainingArguments
+
+    def __post_init__(self) -> None:
+        model, data = self.model, self.data
+        if (data.documents is None) == (data.copy_task is None):
+            raise ValueError("data has both documents and copy_task, or neither; give one of them")
+        if model.base is None and not model.sizes:
+            raise ValueError("model has neither base nor sizes; name a pre-trained model, or give sizes")
+        if model.base is not None and model.sizes:
+            raise ValueError(f"model.sizes are set, and model.base {model.base!r} has its own; leave one out")
+        if data.documents is not None and data.tokenizer is None and model.base is None:
+            raise ValueError("data.tokenizer is not set, and fresh weights have none; set it, say to bytes")
+        if data.copy_task is not None and data.copy_task.keys != model.segment_length:
+            raise ValueError(
+                f"data.copy_task.keys is {data.copy_task.keys}, model.segment_length {model.segment_length}; "
+                "the task's segments are as long as there are keys: set both alike"
+            )
+        if data.pack and self.training.carry_memory:
+            raise ValueError("data.pack and training.carry_memory exclude each other; leave one out")
+
+
+@dataclass
+class Reading:
+    """A recipe as it was read: `text` is all of it as YAML; the others say what to do with it."""
+
+    recipe: Recipe
+    text: str
+    dry_run: bool
+    json: bool
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Reading:
+    """The recipe of a YAML file with some values set anew.
+
+    `overrides` are command-line options such as "--training.max_steps=10". Mistakes end the program with a
+    line that names the value, as mistakes on a command line do.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no recipe {path}; give a YAML file, such as recipes/copy-task.yaml")
+    parser = _parser()
+    chosen = parser.parse_args(["--config", str(path), *overrides])
+    flags = chosen.pop("dry_run"), chosen.pop("json")
+    settings = parser.instantiate(chosen)
+    recipe = Recipe(settings.model, settings.data, settings.training)
+    chosen.pop("config")
+    return Reading(recipe, parser.dump(chosen, skip_default=True, skip_validation=True), *flags)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="infini train RECIPE", description="Train by a recipe.")
+    parser.add_argument("--config", action="config", help="The recipe.")
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="Show what would run and what it would need."
+    )
+    parser.add_argument("--json", action="store_true", help="Print one line of JSON instead of tables.")
+    parser.add_class_arguments(ModelRecipe, "model", help="The model")
+    parser.add_class_arguments(DataRecipe, "data", help="The data")
+    parser.add_class_arguments(InfiniTrainingArguments, "training", help="The training")
+    return parser

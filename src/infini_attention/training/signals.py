@@ -1,0 +1,48 @@
+"""SIGTERM and Ctrl-C end a training after the step that is under way, with a checkpoint."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopAtSignal(TrainerCallback):
+    """Saves and stops after the step in which any process was asked to end; a second time ends it at once.
+
+    `received` names the signal.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self.received: str | None = None
+        self._accelerator = accelerator
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Listen, where Python lets signals be heard: in the main thread."""
+        self.received = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save and stop, all processes after the same step."""
+        heard = torch.tensor(int(self.received is not None), device=self._accelerator.device)
+        if self._accelerator.num_processes > 1:
+            heard = self._accelerator.reduce(heard)
+        if heard:
+            self.received = self.received or signal.SIGTERM.name
+            control.should_save = control.should_training_stop = True
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signals back the meaning that they had."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

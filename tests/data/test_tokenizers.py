@@ -1,0 +1,48 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from infini_attention.data import tokenizers
+from infini_attention.data.texts import TokenBlock, token_blocks
+from infini_attention.data.tokenizers import byte_tokenizer, open_tokenizer
+
+TOKENIZER = byte_tokenizer()
+SAMPLE = "naïve – 日本語 🙂🙂\r\n\tdon't  \x00 "
+
+
+@given(st.text())
+def test_ids_are_the_utf_8_bytes_and_come_back_as_the_text(text: str) -> None:
+    ids = TOKENIZER(text).input_ids
+    assert ids == list(text.encode())
+    assert TOKENIZER.decode(ids) == text
+
+
+def test_there_are_256_tokens_and_none_of_them_is_special() -> None:
+    assert sorted(TOKENIZER.get_vocab().values()) == list(range(256))
+    assert TOKENIZER.all_special_ids == []
+
+
+@given(text=st.text(st.sampled_from("ab \n日🙂é")), block=st.integers(1, 30))
+def test_a_stream_has_the_same_bytes(text: str, block: int) -> None:
+    blocks = list(token_blocks([text], TOKENIZER, block_characters=block, context_characters=8))
+    tokens = TokenBlock.cat(blocks).ids.tolist() if blocks else []
+    assert bytes(tokens) == text.encode()
+    assert sum(int(part.bytes.sum()) for part in blocks) == len(text.encode())
+
+
+def test_it_is_the_same_after_saving_and_loading(tmp_path: Path) -> None:
+    TOKENIZER.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded(SAMPLE).input_ids == list(SAMPLE.encode())
+    assert loaded.decode(list(SAMPLE.encode())) == SAMPLE
+
+
+def test_bytes_is_the_name_of_the_byte_tokenizer_and_other_names_are_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tokenizers, "load_tokenizer", lambda name: f"that of {name}")
+    assert len(open_tokenizer("bytes")) == 256
+    assert open_tokenizer("smollm2") == "that of smollm2"

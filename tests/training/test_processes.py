@@ -1,0 +1,120 @@
+"""Training on several processes is training on one: data parallel, sharded, and over segments."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from infini_attention.models import retrofit
+from infini_attention.training.arguments import InfiniTrainingArguments
+from infini_attention.training.trainer import InfiniTrainer
+
+from ..distributed import run_on
+
+ROWS, SEGMENT, LENGTH = 4, 8, 44  # a step's rows over all processes; five whole segments and a half
+LAYERS_TOO = "over segments, layers checkpointed"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "data parallel": {},
+    "sharded": {
+        "fsdp": "full_shard auto_wrap",
+        "fsdp_config": {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"},
+    },
+    "over segments": {"context_parallel_size": 2},
+    LAYERS_TOO: {"context_parallel_size": 2, "gradient_checkpointing": True},
+}
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = torch.randint(0, 64, (LENGTH,), generator=torch.Generator().manual_seed(index))
+        labels = ids.clone()
+        labels[: index % 13] = -100  # rows and processes that predict different numbers of tokens
+        return {"input_ids": ids, "labels": labels}
+
+
+def train(folder: str, rule: str, settings: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
+    """The losses of a few steps, and the parameters and gates afterwards, whole."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes))
+    model = retrofit(base, segment_length=SEGMENT, update_rule=rule, gate_init=0.0)
+    args = InfiniTrainingArguments(
+        output_dir=folder,
+        max_steps=3,
+        logging_steps=1,
+        learning_rate=1e-2,
+        gate_learning_rate=0.1,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        **settings,
+    )
+    trainer = InfiniTrainer(model=model, args=args, train_dataset=Rows())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    state: dict[str, Any] = trainer.model.state_dict()
+    whole = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in state.items()}
+    return losses, {name: x.detach().clone() for name, x in whole.items()}
+
+
+@pytest.fixture(scope="module", params=["linear", "delta"])
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
+    folder = str(tmp_path_factory.mktemp("alone"))
+    settings = {"per_device_train_batch_size": ROWS}
+    return request.param, run_on(1, train, folder, request.param, settings)[0]
+
+
+@pytest.mark.parametrize(
+    ("how", "processes"),
+    [("data parallel", 2), ("sharded", 2), ("over segments", 2), ("over segments", 4), (LAYERS_TOO, 2)],
+)
+def test_several_processes_train_as_one_does(
+    alone: tuple[str, Any], tmp_path: Path, how: str, processes: int
+) -> None:
+    rule, (losses, parameters) = alone
+    share = processes // SETTINGS[how].get("context_parallel_size", 1)
+    settings = {"per_device_train_batch_size": ROWS // share} | SETTINGS[how]
+    found = run_on(processes, train, str(tmp_path), rule, settings)
+    for ours, theirs in found:
+        assert ours == pytest.approx(losses, abs=1e-4)
+        for name, expected in parameters.items():
+            torch.testing.assert_close(theirs[name], expected, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_start_matters_to_what_is_compared(alone: tuple[str, Any]) -> None:
+    _, (losses, parameters) = alone
+    assert len(set(losses)) == 3
+    gates = torch.cat([x for name, x in parameters.items() if "memory_gate" in name])
+    assert (gates.abs() > 1e-3).all() and gates.abs().max() > 0.1
+
+
+def divided(folder: str, length: int, settings: dict[str, Any]) -> str:
+    try:
+        args = InfiniTrainingArguments(output_dir=folder, report_to="none", use_cpu=True, **settings)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+        model = retrofit(LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)), segment_length=SEGMENT)
+        trainer = InfiniTrainer(model=model, args=args, train_dataset=Rows())
+        ids = torch.zeros(1, length, dtype=torch.int64)
+        trainer.training_step(model.train(), {"input_ids": ids, "labels": ids}, num_items_in_batch=1)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_wrong_divisions_are_refused_in_words(tmp_path: Path) -> None:
+    for length, settings, expected in (
+        (SEGMENT, {"context_parallel_size": 2}, "1 segment"),
+        (LENGTH, {"context_parallel_size": 3}, "context_parallel_size is 3, which does not divide the 2"),
+        (LENGTH, {"context_parallel_size": 2, "carry_memory": True}, "carry_memory has no meaning"),
+        (LENGTH, {"context_parallel_size": 2, "least_segments": 1}, "set least_segments to at least 2"),
+    ):
+        for error in run_on(2, divided, str(tmp_path), length, settings):
+            assert expected in error
