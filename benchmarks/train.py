@@ -1,11 +1,15 @@
 """What a step of training costs at length: models with a memory, and their rivals.
 
     python benchmarks/train.py
+    python benchmarks/train.py --trained true
+    python benchmarks/train.py --compiled true
     python benchmarks/train.py --device cpu --layers 2 --length 256 --segment_length 64 --seconds 1
 
 A step is forward with the loss in chunks, and backward; eager, without an optimiser, and with no activations
 made twice but the loss's logits. Models have SmolLM2-135M's shape and fresh weights in bf16 (our gates in
-fp32), on the CPU all in fp32. The input is one row of random tokens.
+fp32), on the CPU all in fp32. The input is one row of random tokens. `--trained true` makes it the step that
+InfiniTrainer takes: weights in fp32 under autocast, and AdamW; `--compiled true` compiles the decoder layers
+of all but the package.
 
 - infini: `retrofit` of the base model, all segments at once, attention by the backend that it takes by itself
 - local: the base model on segments as rows of a batch, without any memory: the floor
@@ -16,9 +20,9 @@ fp32), on the CPU all in fp32. The input is one row of random tokens.
   others have 3 for 9), and an output matrix that is not that of its embeddings. Its gates and memory are of
   the weights' precision.
 
-local and full are timed with SDPA's flash and cuDNN kernels, and the quicker counts. What does not fit into
-memory is measured at half the length, and so on. Times are medians after two steps; memory is the peak of
-what PyTorch had allocated, weights and all.
+All but the package are timed with SDPA's flash and cuDNN kernels, and ratios are to the quicker. What does
+not fit into memory is measured at half the length, and so on. Times are medians after two steps; memory is
+the peak of what PyTorch had allocated, weights and all.
 
 Nothing is timed before results agree with the reference in fp64: infini's losses of tokens and gradients of
 gates; local's losses, with shut gates; full's, of one segment. They may be at most twice as far off as the
@@ -52,7 +56,6 @@ from infini_attention.layers import MemoryGate
 from infini_attention.models import memory_off, retrofit
 from infini_attention.models.loss import chunked_loss, shifted
 from infini_attention.ops import infini_attention
-from infini_attention.ops.infini import choose_backend
 
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}  # many CPUs are very slow at bf16
 RULES = ("linear", "delta")
@@ -81,6 +84,8 @@ def main(
     loss_chunk: int = 2048,
     device: Literal["cuda", "cpu"] = "cuda",
     seconds: float = 8,
+    trained: bool = False,
+    compiled: bool = False,
 ) -> None:
     """Times training steps of everything.
 
@@ -91,6 +96,8 @@ def main(
         loss_chunk: tokens whose logits exist at once.
         device: where.
         seconds: how long the steps of a row are repeated; at least once, at most ten times.
+        trained: time the step that InfiniTrainer takes.
+        compiled: compile decoder layers.
     """
     if length % segment_length:
         sys.exit(f"length is {length}; give a multiple of segment_length, {segment_length}")
@@ -98,7 +105,7 @@ def main(
     measure = partial(measured, length=length, segment_length=segment_length, device=device, seconds=seconds)
     rows = with_ratios(
         [
-            *ours_and_the_base(measure, layers, segment_length, loss_chunk, device),
+            *ours_and_the_base(measure, layers, segment_length, loss_chunk, device, trained, compiled),
             *packages(measure, layers, segment_length, device),
         ]
     )
@@ -109,6 +116,8 @@ def main(
         "layers": layers,
         "loss_chunk": loss_chunk,
         "dtype": str(DTYPES[device]).removeprefix("torch."),
+        "trained": trained,
+        "compiled": compiled,
         "rows": rows,
         **environment(device),
     }
@@ -117,21 +126,34 @@ def main(
 
 
 def ours_and_the_base(
-    measure: Measure, layers: int, segment_length: int, loss_chunk: int, device: str
+    measure: Measure,
+    layers: int,
+    segment_length: int,
+    loss_chunk: int,
+    device: str,
+    trained: bool,
+    compiled: bool,
 ) -> list[Row]:
     """Rows of models that share one set of weights, once their results are right."""
     config = LlamaConfig(**SMOLLM2, num_hidden_layers=layers, attn_implementation="sdpa")
     base = LlamaForCausalLM(config).to(device, DTYPES[device]).train()
     base.model.layers[0].self_attn.register_forward_pre_hook(refuse_a_mask, with_kwargs=True)
     check(base, min(segment_length, CHECKED_SEGMENT), loss_chunk)
+    if trained:
+        base.float()
     rows = []
-    for rule in RULES:
-        step = step_of(infini(base, segment_length, rule), loss_chunk)
-        rows.append(measure(f"infini {rule}", choose_backend(device)[0], step))
-    for name, contender in (("local", local(base, segment_length)), ("full", full(base))):
-        step = step_of(contender, loss_chunk)
-        found = [measure(name, kernel, step) for kernel in KERNELS[device]]
-        rows.append(max(found, key=lambda row: (row.get("length", 0), row.get("tokens_per_second", 0))))
+    for name, make in (
+        *((f"infini {rule}", partial(infini, base, segment_length, rule)) for rule in RULES),
+        ("local", partial(local, base, segment_length)),
+        ("full", partial(full, base)),
+    ):
+        contender = make()
+        if compiled:
+            torch._dynamo.config.recompile_limit = 2 * layers  # a family's layers know their number
+            for layer in contender.model.model.layers:
+                layer.compile()
+        step = step_of(contender, loss_chunk, trained)
+        rows += [measure(name, kernel, step) for kernel in KERNELS[device]]
     return rows
 
 
@@ -161,10 +183,17 @@ def full(base: Any) -> Contender:
     return Contender(base, lambda ids: base.model(ids, use_cache=False).last_hidden_state)
 
 
-def step_of(contender: Contender, chunk: int) -> Step:
+def step_of(contender: Contender, chunk: int, trained: bool) -> Step:
+    parameters = list(contender.model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6) if trained else None
+
     def step(ids: Tensor) -> None:
         try:
-            loss_of(contender, ids, chunk).backward()
+            with torch.autocast(ids.device.type, torch.bfloat16, enabled=trained):
+                loss = loss_of(contender, ids, chunk)
+            loss.backward()
+            if optimizer is not None:
+                optimizer.step()
         finally:  # nothing is left for the next row, if memory runs out too
             contender.model.zero_grad()
 
@@ -316,13 +345,15 @@ def seconds_of(step: Step, ids: Tensor) -> float:
 
 def with_ratios(rows: list[Row]) -> list[Row]:
     """`rows`, with their speed and memory in units of each rival's; the package's of the same rule."""
-    by_name = {row["system"]: row for row in rows}
+    by_name: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: (row.get("length", 0), row.get("tokens_per_second", 0))):
+        by_name[row["system"]] = row  # the quickest is the last
     for row in rows:
         for rival in RIVALS:
             name = f"package {row['system'].split()[-1]}" if rival == "package" else rival
             other = by_name.get(name, row)
             for key in ("tokens_per_second", "peak_bytes"):
-                if other is not row and key in row and key in other:
+                if other["system"] != row["system"] and key in row and key in other:
                     row[f"{key}_over_{rival}"] = row[key] / other[key]
     return rows
 
@@ -331,7 +362,8 @@ def table(report: Row) -> Table:
     ratios = [f"x {rival}" for rival in RIVALS]
     columns = "", "attention", "tokens", "ms a step", "tokens/s", *ratios, "peak GB", *ratios
     title = "A step of training, {length:,} tokens: {layers} layers, segments of {segment_length:,}, {dtype}"
-    result = Table(*columns, title=title.format(**report))
+    kinds = "".join(f", {kind}" for kind in ("trained", "compiled") if report[kind])
+    result = Table(*columns, title=title.format(**report) + kinds)
     for row in report["rows"]:
         if "length" not in row:
             result.add_row(row["system"], row["attention"], "out of memory")

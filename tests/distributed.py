@@ -17,8 +17,8 @@ import torch.multiprocessing as mp
 
 ROOT = Path(__file__).parents[1]
 
-# Processes are forked from a server that has imported those of these that are in use, and done nothing else. A
-# fork of the tests' process would inherit its threads, and beside a GPU could not call backward after it did.
+# Processes are forked from a server that has done nothing but import what is in use of these. A fork of the
+# tests' own process would inherit its threads, and beside a GPU could not call backward after it did.
 PRELOADED = ("infini_attention", "infini_attention.training", "transformers.trainer", "hypothesis", "pytest")
 
 

@@ -4,6 +4,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -179,6 +180,12 @@ def test_documents_that_hold_no_text_at_all_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(ValueError, match=r"a\.txt holds no text \(1 empty documents\)"):
         tokenized(Documents(f"{tmp_path}/a.txt"), byte_tokenizer(), tmp_path / "tokens")
+
+
+def test_a_slow_tokenizer_is_refused(books: Documents, tmp_path: Path) -> None:
+    slow = SimpleNamespace(is_fast=False)
+    with pytest.raises(ValueError, match="does not report where tokens begin; load the model's fast"):
+        tokenized(books, slow, tmp_path / "tokens")
 
 
 def test_a_store_can_be_pickled(books: Documents, tmp_path: Path) -> None:

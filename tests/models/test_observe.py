@@ -250,14 +250,3 @@ def test_half_precision_is_seen_in_fp32(llama: Any, inputs: dict[str, Tensor]) -
     for name in ("gates", "share", "memory_norm", "normalizer", "saturation"):
         assert getattr(half, name).dtype == torch.float32
         torch.testing.assert_close(getattr(half, name), getattr(full, name), rtol=0.1, atol=0.02)
-
-
-def test_log_figures_are_means(llama: Any, inputs: dict[str, Tensor]) -> None:
-    seen = observe(llama, inputs)
-    assert seen.figures() == {
-        "memory_share": seen.share.mean().item(),
-        "memory_norm": seen.memory_norm.mean().item(),
-        "memory_saturation": seen.saturation.mean().item(),
-        "loss_memory_off": seen.loss_memory_off,
-        "memory_gain": seen.loss_memory_off - seen.loss,
-    }

@@ -17,11 +17,9 @@ HEAD = 64 * 32  # an embedding's lookup counts nothing, the head does, tied or n
 BF16 = SimpleNamespace(device=torch.device("cuda"), bf16=True, fp16=False)
 
 
-def llama(*, layers: list[int] | None = None, tied: bool = False, update_rule: str = "linear") -> Any:
-    base = LlamaForCausalLM(
-        LlamaConfig(vocab_size=64, num_hidden_layers=2, tie_word_embeddings=tied, **SIZES)
-    )
-    return retrofit(base, segment_length=SEGMENT, layers=layers, update_rule=update_rule)
+def llama(*, tied: bool = False, **settings: Any) -> Any:
+    config = LlamaConfig(vocab_size=64, num_hidden_layers=2, tie_word_embeddings=tied, **SIZES)
+    return retrofit(LlamaForCausalLM(config), segment_length=SEGMENT, **settings)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -39,6 +37,11 @@ def test_operations_of_a_small_model_are_those_counted_by_hand(
 def test_a_sequence_within_one_segment_costs_its_length() -> None:
     expected = 6 * (2 * MATRICES + HEAD) + 3 * 2 * 4 * 2 * 8 * (5 + 2 * 8)
     assert flops_per_token(llama(), 5) == expected
+
+
+def test_a_wider_feature_map_costs_its_width() -> None:
+    narrow, wide = (flops_per_token(llama(feature_map=name), 64) for name in ("elu1", "dpfp"))
+    assert wide - narrow == 3 * 2 * 4 * 2 * 8 * 2 * 8
 
 
 def test_a_layer_without_memory_costs_the_whole_length() -> None:

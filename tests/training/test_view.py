@@ -111,7 +111,7 @@ def test_without_a_terminal_there_is_a_plain_line_a_log() -> None:
     assert "\x1b" not in shown.output.getvalue()
 
 
-def test_the_time_left_is_that_of_steps_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_is_that_of_steps_so_far() -> None:
     shown = Shown(terminal=False)
     now = 0.0
     shown.view._progress.get_time = lambda: now

@@ -96,6 +96,14 @@ def test_a_training_that_goes_on_has_the_same_patience(model: Any) -> None:
     assert len(watched.said) == 1
 
 
+def test_another_training_is_spoken_of_anew(watched: Watched) -> None:
+    for _ in range(2):
+        watched.state.global_step = 0
+        watched.warnings.on_train_begin(None, watched.state, None, model=watched.model)
+        watched.log(step=200)
+    assert len(watched.said) == 2
+
+
 def test_gates_that_are_not_trained_are_left_alone(model: Any) -> None:
     for layer in model.model.layers:
         layer.self_attn.memory_gate.requires_grad_(False)

@@ -235,8 +235,8 @@ def _matching(pattern: str) -> list[str]:
 
 
 def _suffix(path: str) -> str:
-    """The longest known suffix of a file's name; nothing if it has none."""
-    return max((suffix for suffix in FORMS if path.endswith(suffix)), key=len, default="")
+    """The known suffix of a file's name; nothing if it has none."""
+    return next((suffix for suffix in FORMS if path.endswith(suffix)), "")
 
 
 def _form(files: list[str]) -> str:
@@ -270,8 +270,8 @@ def _stream(documents: Documents, origin: _Origin) -> Iterable[Row]:
     from datasets import load_dataset
 
     if origin.form == "hub":
-        names = {"name": documents.config, "revision": documents.revision}
-        return load_dataset(documents.source, split=documents.split, streaming=True, **names)
+        name, config, split = documents.source, documents.config, documents.split
+        return load_dataset(name, config, split=split, revision=documents.revision, streaming=True)
     # Lines are parsed here, as objects: the builder for JSON makes a table, whose rows must all be alike.
     # Row groups may hold hundreds of books, and are read a few rows at a time.
     builder, settings = ("text", {}) if origin.form == "jsonl" else ("parquet", {"batch_size": 16})

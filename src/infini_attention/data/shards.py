@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from infini_attention.data.documents import Documents, identity, open_documents, pinned
-from infini_attention.data.texts import BLOCK_CHARACTERS, CONTEXT_CHARACTERS, token_blocks
+from infini_attention.data.texts import BLOCK_CHARACTERS, CONTEXT_CHARACTERS, require_fast, token_blocks
 
 FORMAT = 1
 BATCH_TOKENS = 1 << 20
@@ -32,7 +32,8 @@ def tokenized(
 
     The store is named by a fingerprint of what decides the tokens: the documents (`documents.identity`), the
     tokenizer and `end_of_document`. It is there as a whole or not at all, whoever else builds it at the same
-    time. Beside it, building holds the tokens of the longest document, at 2 or 4 bytes each.
+    time; what a killed process leaves is called `.unfinished-`. However large the corpus, building holds a
+    few rows of text and some `BATCH_TOKENS` tokens, or one document's, at 2 or 4 bytes each.
 
     Args:
         documents: which ones; those without text are skipped and counted in `TokenStore.info`.
@@ -41,10 +42,11 @@ def tokenized(
         end_of_document: an id that ends every document; None for nothing.
 
     Raises:
-        ValueError: there is no text at all, or what `open_documents` and `token_blocks` raise.
+        ValueError: there is no text at all, the tokenizer is slow, or what `open_documents` raises.
     """
     if end_of_document is not None and end_of_document < 0:
         raise ValueError(f"end_of_document is {end_of_document}; give an id of the model's vocabulary")
+    require_fast(tokenizer)
     documents = pinned(documents)
     ingredients = {
         "format": FORMAT,
@@ -105,7 +107,8 @@ class TokenStore:
 
     def document(self, number: int, start: int = 0, stop: int | None = None) -> Tensor:
         """The tokens of document `number` from `start` up to `stop`, or to its end; (tokens,) int64."""
-        batch = int(np.searchsorted(self._firsts, range(len(self))[number], side="right")) - 1
+        number = range(len(self))[number]
+        batch = int(np.searchsorted(self._firsts, number, side="right")) - 1
         row = number - self._firsts[batch]
         begin, end = (int(offset) for offset in self._offsets[batch][row : row + 2])
         end = end if stop is None else min(begin + stop, end)

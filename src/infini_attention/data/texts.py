@@ -115,13 +115,18 @@ def token_blocks(
 
     Raises ValueError when the tokenizer cannot say where in the text each token begins.
     """
-    if not tokenizer.is_fast:
-        name = type(tokenizer).__name__
-        raise ValueError(f"{name} does not report where tokens begin; load the model's fast tokenizer")
+    require_fast(tokenizer)
     for before, block, after in _windows(pieces, block_characters, context_characters):
         tokens = _tokenize(tokenizer, before, block, after)
         if len(tokens):
             yield tokens
+
+
+def require_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError when the tokenizer cannot say where in the text each token begins."""
+    if not tokenizer.is_fast:
+        name = type(tokenizer).__name__
+        raise ValueError(f"{name} does not report where tokens begin; load the model's fast tokenizer")
 
 
 def first_tokens(blocks: Iterable[TokenBlock], tokens: int | None) -> Iterator[TokenBlock]:

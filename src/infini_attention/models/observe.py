@@ -54,16 +54,6 @@ class Observation:
         """What the memory takes off the loss, in nats a token."""
         return self.loss_memory_off - self.loss
 
-    def figures(self) -> dict[str, float]:
-        """One number each for a log: means over layers and heads, and the losses' difference."""
-        return {
-            "memory_share": self.share.mean().item(),
-            "memory_norm": self.memory_norm.mean().item(),
-            "memory_saturation": self.saturation.mean().item(),
-            "loss_memory_off": self.loss_memory_off,
-            "memory_gain": self.memory_gain,
-        }
-
 
 def gate_logits(model: Any) -> Tensor:
     """All gates' logits, (layers with a memory, heads) fp32 on the CPU, detached.
@@ -152,7 +142,7 @@ def _loss(model: Any, inputs: dict[str, Any]) -> float:
 def _look(
     attention: InfiniAttentionMixin, arguments: tuple[Any, ...], settings: dict[str, Any]
 ) -> tuple[Tensor, ...]:
-    """Share (heads,), norm of M, largest of z and saturation (kv_heads,) of a call that is about to be."""
+    """Share (heads,), norm of M, largest of z and saturation (kv_heads,) of a call, just before it."""
     settings = dict(settings)
     cache = pop_cache(settings)
     before = InfiniCache(attention.config) if cache is None else cache

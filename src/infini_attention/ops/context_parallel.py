@@ -91,8 +91,10 @@ def incoming_state(
         if segment_weights is not None:
             weights = segment_weights[:, None, : keys.shape[2], None].to(start.memory)
             memory_sums, normalizer_sums = memory_sums * weights[..., None], normalizer_sums * weights
-        fold = _delta if update_rule == "delta" else _linear
-        memory, normalizer = fold(keys, memory_sums, normalizer_sums, start, group)
+        if update_rule == "delta":
+            memory, normalizer = _delta(keys, memory_sums, normalizer_sums, start, group)
+        else:
+            memory, normalizer = _linear(memory_sums, normalizer_sums, start, group)
     return replace(start, memory=memory, normalizer=normalizer, length=length)
 
 
@@ -179,7 +181,7 @@ def _whole_segments(x: Tensor, segment_length: int) -> Tensor:
 
 
 def _linear(
-    keys: Tensor, memory_sums: Tensor, normalizer_sums: Tensor, start: MemoryState, group: dist.ProcessGroup
+    memory_sums: Tensor, normalizer_sums: Tensor, start: MemoryState, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
     """M and z before this rank's run, by one all-gather of both."""
     carried = torch.cat([start.memory, start.normalizer[..., None]], dim=-1)
@@ -197,12 +199,13 @@ def _delta(
     removal = keys.transpose(-1, -2) @ (keys / denominator(keys, before_z))  # A_s
 
     feature_dim = keys.shape[-1]
-    identity = torch.eye(feature_dim).to(start.memory).expand(*start.memory.shape[:2], -1, -1)
+    identity = torch.eye(feature_dim, dtype=keys.dtype, device=keys.device)
+    identity = identity.expand(*start.memory.shape[:2], -1, -1)
     # The last part has no columns. It ties the two gathers together where a run has no whole segment, so that
     # both are in every rank's backward.
     X = torch.cat([identity, start.memory, normalizer[..., None][..., :0]], dim=-1)
     for A, B in zip(removal.unbind(2), F.pad(memory_sums, (feature_dim, 0)).unbind(2), strict=True):
-        X = X - A @ X + B
+        X = X - A @ X + B  # (I - A) @ X would round X itself
 
     gathered = _gather(X, group)
     memory = start.memory + gathered[:0, ..., feature_dim:].sum(dim=0)  # the first rank's part in the graph

@@ -13,7 +13,6 @@ from infini_attention.models.observe import Observation, gate_logits
 from infini_attention.training.view import heat
 
 CELL = 16  # pixels a head, and a layer
-SCALE = 32  # steps of the colour scale beside a heat map
 
 
 class MemoryBoard(TensorBoardCallback):
@@ -24,16 +23,13 @@ class MemoryBoard(TensorBoardCallback):
 
     Args:
         observation: gives the latest Observation, or None while there is none.
-        tb_writer: a SummaryWriter to use; default a new one.
 
     Raises:
         RuntimeError: tensorboard is not installed: pip install 'infini-attention[train]'.
     """
 
-    def __init__(
-        self, observation: Callable[[], Observation | None] = lambda: None, tb_writer: Any = None
-    ) -> None:
-        super().__init__(tb_writer)
+    def __init__(self, observation: Callable[[], Observation | None] = lambda: None) -> None:
+        super().__init__()
         self._observation = observation
 
     def on_log(

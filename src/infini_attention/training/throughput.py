@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from infini_attention.models.config import head_dim_of
+from infini_attention.ops import feature_maps
 
 # Dense bf16 and fp16 FLOPs a second: NVIDIA's datasheets of A100, B200, H100, H200, L40S; its Ada whitepaper.
 # By whole names: MIG slices and laptop cards have names that begin alike.
@@ -69,10 +70,10 @@ def flops_per_token(model: Any, length: int) -> float:
     """Floating-point operations of forward and backward, a token of sequences of `length` tokens.
 
     A weight matrix takes two an entry forward, two for the gradient of its input and, if it is trained, two
-    for its own. Attention takes three times its forward, which a head is 2 d (N + 2 d) with a memory under
-    the linear rule, 2 d (N + 3 d) under the delta rule, where N is the segment length or, if less, that of
-    the sequence; and 2 d times the length without a memory, since a token sees half of it. The embedding's
-    lookup counts nothing.
+    for its own. Attention takes three times its forward, which a head is 2 d (N + 2 f) with a memory under
+    the linear rule, 2 d (N + 3 f) under the delta rule, where N is the segment length or, if less, that of
+    the sequence, and f the number of features of a key, mostly d; and 2 d times the length without a memory,
+    since a token sees half of it. The embedding's lookup counts nothing.
     """
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     matrices = sum(linear.weight.numel() * (6 if linear.weight.requires_grad else 4) for linear in linears)
@@ -92,8 +93,8 @@ def _attention_flops(config: Any, layer: int, length: int) -> float:
     """A token's in one layer, forward, all heads together."""
     width = head_dim_of(config)
     if layer in config.infini_layers:
-        memory = {"linear": 2, "delta": 3}[config.update_rule] * width
-        seen = min(config.segment_length, length) + memory
+        features = feature_maps.get(config.feature_map).feature_dim(width)
+        seen = min(config.segment_length, length) + {"linear": 2, "delta": 3}[config.update_rule] * features
     else:
         window = min(config._window(layer) or length, length)
         seen = window * (2 - window / length)  # twice the tokens that one sees on average

@@ -50,7 +50,9 @@ class MemoryWarnings(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Remember where the gates start."""
+        """Remember where the gates start; an earlier training is forgotten, but for what was said."""
+        self._held.clear()
+        self._losses.clear()
         gates = [module for module in model.modules() if isinstance(module, MemoryGate)]
         trained = any(gate.logits.requires_grad for gate in gates)
         start = gate_logits(model)
@@ -72,9 +74,9 @@ class MemoryWarnings(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._look_at_loss(logs["loss"], state.global_step)
-        steps = state.global_step - self._first_step
         if self._start is None:
             return
+        steps = state.global_step - self._first_step
         self._look_at_gates((logits - self._start).abs().max().item(), steps)
         observation = self._observation()
         if observation is not None and observation is not self._last:
