@@ -24,14 +24,14 @@ class SegmentContext(NamedTuple):
     Attributes:
         padding_mask: (batch, length) bool, True = a real token; None when all are.
         cu_seqlens: (documents + 1,) for packed documents, else None.
-        rotations: by layer, the rotation at each token's position inside its own segment.
+        rotations: by type of layer, the rotation at each token's position inside its own segment.
         segment_weights: (rows, segments) how often each segment counts in memory; None for once.
         context_group: the process group whose ranks hold runs of segments of these rows, if there is one.
     """
 
     padding_mask: Tensor | None
     cu_seqlens: Tensor | None
-    rotations: dict[int, Rotation]
+    rotations: dict[str, Rotation]
     segment_weights: Tensor | None = None
     context_group: Any = None
 
@@ -64,6 +64,7 @@ class InfiniAttentionMixin(nn.Module):
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.memory_gate = MemoryGate(config.num_attention_heads, init=config.gate_init)
+        self.rotation_type = config.layer_type(layer_idx)  # no number, for which each would compile anew
 
     def forward(
         self, hidden_states: Tensor, *, segment_context: SegmentContext, **kwargs: Any
@@ -74,7 +75,7 @@ class InfiniAttentionMixin(nn.Module):
         `segment_context` holds what stands for them. The cache, if any, is an InfiniCache.
         """
         query, key, value = self._project(hidden_states)
-        local_query, local_key = self._rotate(query, key, segment_context.rotations[self.layer_idx])
+        local_query, local_key = self._rotate(query, key, segment_context.rotations[self.rotation_type])
         tensors = query, key, value, self.memory_gate()
         settings = {
             "local_query": local_query,

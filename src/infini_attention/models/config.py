@@ -71,6 +71,11 @@ class InfiniConfigMixin:
                 "retrofit all layers (layers=None, and a segment_length of at most their sliding window)"
             )
 
+    def layer_type(self, layer: int) -> str:
+        """What the family calls the attention of `layer`: "full_attention", or "sliding_attention"."""
+        layer_types = getattr(self, "layer_types", None)
+        return "full_attention" if layer_types is None else str(layer_types[layer])
+
     @property
     def _layers(self) -> int:
         return self.num_hidden_layers  # type: ignore[attr-defined]
@@ -101,8 +106,7 @@ class InfiniConfigMixin:
 
     def _window(self, layer: int) -> int | None:
         """The sliding window of `layer` in tokens; None where attention is full."""
-        layer_types = getattr(self, "layer_types", None)
-        if layer_types is not None and layer_types[layer] != "sliding_attention":
+        if getattr(self, "layer_types", None) is not None and self.layer_type(layer) != "sliding_attention":
             return None
         return getattr(self, "sliding_window", None)
 

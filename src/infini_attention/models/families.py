@@ -216,12 +216,10 @@ class InfiniGemma3Model(InfiniModelMixin, gemma3.Gemma3TextModel):
     attention_class = InfiniGemma3Attention
     _can_record_outputs = {"hidden_states": gemma3.Gemma3DecoderLayer}  # noqa: RUF012
 
-    def _rotations(self, like: Tensor, positions: Tensor) -> dict[int, Rotation]:
+    def _rotation(self, like: Tensor, positions: Tensor, layer_type: str) -> Rotation:
         # This family rotates its full and its sliding layers differently.
-        layer_types: Any = self.config.layer_types
-        kinds = {layer: layer_types[layer] for layer in self.config.infini_layers}
-        rotations = {kind: self.rotary_emb(like, positions, kind) for kind in set(kinds.values())}
-        return {layer: rotations[kind] for layer, kind in kinds.items()}
+        cos, sin = self.rotary_emb(like, positions, layer_type)
+        return cos, sin
 
 
 class InfiniGemma3ForCausalLM(InfiniForCausalLMMixin, gemma3.Gemma3ForCausalLM):

@@ -25,7 +25,7 @@ MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_slidi
 class InfiniPreTrainedMixin:
     """Class attributes and initialisation that decoder and language model share."""
 
-    _no_split_modules: list[str] | None
+    _no_split_modules: Any  # names of modules that are sharded by themselves
     _is_stateful = True  # refuses assisted decoding: a memory cannot take tokens back
     _supports_attention_backend = False
     _supports_flash_attn = False
@@ -190,9 +190,14 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
     def _checkpoints_activations(self) -> bool:
         return self.gradient_checkpointing and self.training
 
-    def _rotations(self, like: Tensor, positions: Tensor) -> dict[int, Rotation]:
-        """By layer with a memory, the rotation at the tokens' `positions` inside their segments."""
-        return dict.fromkeys(self.config.infini_layers, self.rotary_emb(like, positions))
+    def _rotations(self, like: Tensor, positions: Tensor) -> dict[str, Rotation]:
+        """By type of the layers with a memory, the rotation at the tokens' `positions` in their segments."""
+        types = sorted({self.config.layer_type(layer) for layer in self.config.infini_layers})
+        return {layer_type: self._rotation(like, positions, layer_type) for layer_type in types}
+
+    def _rotation(self, like: Tensor, positions: Tensor, layer_type: str) -> Rotation:
+        cos, sin = self.rotary_emb(like, positions)
+        return cos, sin
 
     def _open_lengths(self, cache: InfiniCache | None) -> Tensor | None:
         """(batch,) tokens of each row's open segment; None at the start."""

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from infini_attention.ops import feature_maps
 from infini_attention.ops.infini import UPDATE_RULES
+from infini_attention.ops.options import autocast_type
 from infini_attention.ops.state import MemoryState, denominator
 
 
@@ -84,7 +85,7 @@ def incoming_state(
         start = state
     length = _length_before(start, key, group)
 
-    with torch.autocast(key.device.type, enabled=False):  # as in infini_attention
+    with torch.autocast(autocast_type(key.device), enabled=False):
         keys = sigma(_whole_segments(key, segment_length).to(start.memory.dtype))
         values = _whole_segments(value, segment_length).to(start.memory.dtype)
         memory_sums, normalizer_sums = keys.transpose(-1, -2) @ values, keys.sum(dim=3)

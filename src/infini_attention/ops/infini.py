@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infini_attention.ops import feature_maps
 from infini_attention.ops.layout import Layout, plan
-from infini_attention.ops.options import Inputs, Options, full_precision
+from infini_attention.ops.options import Inputs, Options, autocast_type
 from infini_attention.ops.parallel import parallel
 from infini_attention.ops.reference import reference
 from infini_attention.ops.state import MemoryState, state_dtype
@@ -137,7 +137,7 @@ def infini_attention(
         softcap=softcap,
     )
     inputs = Inputs(query, key, value, local_query, local_key, gate, segment_weights)
-    with full_precision(query.device):
+    with torch.autocast(autocast_type(query.device), enabled=False):
         return _backend(backend, query, value)(inputs, layout, state, options)
 
 

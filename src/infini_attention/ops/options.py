@@ -1,7 +1,6 @@
 """What a backend is given: checked tensors and checked settings."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -58,11 +57,9 @@ class Inputs:
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast on `device`, or M and z would lose their precision to it.
+def autocast_type(device: torch.device) -> str:
+    """The device type whose autocast is to be switched off, or M and z would lose their precision to it.
 
-    Some devices have none to switch off, such as "meta", on which only shapes and sizes are computed.
+    Tensors on "meta", of which only shapes are computed, have none; any type does for them.
     """
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return "cpu" if device.type == "meta" else device.type
