@@ -2,14 +2,14 @@
 
     python benchmarks/train.py
     python benchmarks/train.py --trained true
-    python benchmarks/train.py --compiled true
+    python benchmarks/train.py --compiled true --graphed true
     python benchmarks/train.py --device cpu --layers 2 --length 256 --segment_length 64 --seconds 1
 
 A step is forward with the loss in chunks, and backward; eager, without an optimiser, and with no activations
 made twice but the loss's logits. Models have SmolLM2-135M's shape and fresh weights in bf16 (our gates in
 fp32), on the CPU all in fp32. The input is one row of random tokens. `--trained true` makes it the step that
-InfiniTrainer takes: weights in fp32 under autocast, and AdamW; `--compiled true` compiles the decoder layers
-of all but the package.
+InfiniTrainer takes: weights in fp32 under autocast, and AdamW. `--compiled true` compiles the decoder layers,
+`--graphed true` captures a step as one CUDA graph, which the host launches at once; both leave out the package.
 
 - infini: `retrofit` of the base model, all segments at once, attention by the backend that it takes by itself
 - local: the base model on segments as rows of a batch, without any memory: the floor
@@ -89,6 +89,7 @@ def main(
     seconds: float = 8,
     trained: bool = False,
     compiled: bool = False,
+    graphed: bool = False,
 ) -> None:
     """Times training steps of everything.
 
@@ -101,17 +102,19 @@ def main(
         seconds: how long the steps of a row are repeated; at least once, at most ten times.
         trained: time the step that InfiniTrainer takes.
         compiled: compile decoder layers.
+        graphed: capture a step as a CUDA graph.
     """
     if length % segment_length:
         sys.exit(f"length is {length}; give a multiple of segment_length, {segment_length}")
     torch.manual_seed(0)
+    if graphed and device != "cuda":
+        sys.exit("graphed is set and device is cpu; graphs are CUDA's: leave it out")
     measure = partial(measured, length=length, segment_length=segment_length, device=device, seconds=seconds)
-    rows = with_ratios(
-        [
-            *ours_and_the_base(measure, layers, segment_length, loss_chunk, device, trained, compiled),
-            *packages(measure, layers, segment_length, device),
-        ]
-    )
+    ours = partial(measure, graphed=graphed)
+    rows = ours_and_the_base(ours, layers, segment_length, loss_chunk, device, trained, compiled)
+    if not (compiled or graphed):
+        rows += packages(measure, layers, segment_length, device)
+    rows = with_ratios(rows)
     report = {
         "benchmark": "train",
         "length": length,
@@ -121,6 +124,7 @@ def main(
         "dtype": str(DTYPES[device]).removeprefix("torch."),
         "trained": trained,
         "compiled": compiled,
+        "graphed": graphed,
         "rows": rows,
         **environment(device),
     }
@@ -188,7 +192,8 @@ def full(base: Any) -> Contender:
 
 def step_of(contender: Contender, chunk: int, trained: bool) -> Step:
     parameters = list(contender.model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6) if trained else None
+    capturable = parameters[0].is_cuda
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, capturable=capturable) if trained else None
 
     def step(ids: Tensor) -> None:
         try:
@@ -297,6 +302,7 @@ def measured(
     segment_length: int,
     device: str,
     seconds: float,
+    graphed: bool = False,
 ) -> Row:
     """A row; at half the length, and so on down to a segment, while memory does not suffice."""
     row: Row = {"system": system, "attention": attention}
@@ -306,7 +312,7 @@ def measured(
             torch.cuda.empty_cache()
         try:
             with sdpa_kernel(SDPA[attention]) if attention in SDPA else nullcontext():
-                row |= timed(step, random_ids(length, device), seconds)
+                row |= timed(step, random_ids(length, device), seconds, graphed)
             break
         except torch.OutOfMemoryError:
             print(f"{system}: out of memory at {length:,} tokens", file=sys.stderr)
@@ -315,12 +321,14 @@ def measured(
     return row
 
 
-def timed(step: Step, ids: Tensor, seconds: float) -> Row:
+def timed(step: Step, ids: Tensor, seconds: float, graphed: bool) -> Row:
     for _ in range(2):  # kernels are compiled, and memory is set aside
         step(ids)
     if ids.is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+    if graphed:
+        step = captured(step, ids)
     runs: list[float] = []
     end = time.perf_counter() + seconds
     while not runs or (len(runs) < MOST_STEPS and time.perf_counter() < end):
@@ -341,6 +349,22 @@ def busy_seconds_of(step: Step, ids: Tensor) -> float:
         torch.cuda.synchronize()
     kernels = (event for event in found.key_averages() if event.device_type == DeviceType.CUDA)
     return sum(kernel.self_device_time_total for kernel in kernels) / 1e6
+
+
+def captured(step: Step, ids: Tensor) -> Step:
+    """The step over these `ids` as one graph; its memory is its own while it exists."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):  # as capture asks for
+        step(ids)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(ids)
+    return lambda _: graph.replay()
 
 
 def seconds_of(step: Step, ids: Tensor) -> float:
@@ -375,7 +399,7 @@ def table(report: Row) -> Table:
     ratios = [f"x {rival}" for rival in RIVALS]
     columns = "", "attention", "tokens", "ms busy", "ms a step", "tokens/s", *ratios, "peak GB", *ratios
     title = "A step of training, {length:,} tokens: {layers} layers, segments of {segment_length:,}, {dtype}"
-    kinds = "".join(f", {kind}" for kind in ("trained", "compiled") if report[kind])
+    kinds = "".join(f", {kind}" for kind in ("trained", "compiled", "graphed") if report[kind])
     result = Table(*columns, title=title.format(**report) + kinds)
     for row in report["rows"]:
         if "length" not in row:

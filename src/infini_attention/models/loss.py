@@ -48,6 +48,7 @@ def chunked_loss(
 
     hidden, wanted = hidden_states.flatten(0, 1), targets.flatten()
     parts = zip(hidden.split(chunk), wanted.split(chunk), strict=True)
-    losses = [checkpoint(loss_of, *part, use_reentrant=False) for part in parts]
+    # Nothing random happens here, so that no random state need be kept: a graph capture could not.
+    losses = [checkpoint(loss_of, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     count = (wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return sum(losses[1:], losses[0]) / count
