@@ -9,7 +9,8 @@ A step is forward with the loss in chunks, and backward; eager, without an optim
 made twice but the loss's logits. Models have SmolLM2-135M's shape and fresh weights in bf16 (our gates in
 fp32), on the CPU all in fp32. The input is one row of random tokens. `--trained true` makes it the step that
 InfiniTrainer takes: weights in fp32 under autocast, and AdamW. `--compiled true` compiles the decoder layers,
-`--graphed true` captures a step as one CUDA graph, which the host launches at once; both leave out the package.
+`--graphed true` captures a step as one CUDA graph, which the host launches at once; both leave out the
+package.
 
 - infini: `retrofit` of the base model, all segments at once, attention by the backend that it takes by itself
 - local: the base model on segments as rows of a batch, without any memory: the floor
@@ -179,6 +180,7 @@ def infini(base: Any, segment_length: int, rule: str) -> Contender:
 
 
 def local(base: Any, segment_length: int) -> Contender:
+    @without_masks
     def hidden(ids: Tensor) -> Tensor:
         states = base.model(ids.view(-1, segment_length), use_cache=False).last_hidden_state
         return states.flatten(0, 1).unsqueeze(0)
@@ -187,7 +189,15 @@ def local(base: Any, segment_length: int) -> Contender:
 
 
 def full(base: Any) -> Contender:
-    return Contender(base, lambda ids: base.model(ids, use_cache=False).last_hidden_state)
+    @without_masks
+    def hidden(ids: Tensor) -> Tensor:
+        return base.model(ids, use_cache=False).last_hidden_state
+
+    return Contender(base, hidden)
+
+
+without_masks = patch("transformers.models.llama.modeling_llama.create_causal_mask", lambda **_: None)
+"""The base model makes none for a row without padding, except while a graph is captured."""
 
 
 def step_of(contender: Contender, chunk: int, trained: bool) -> Step:

@@ -23,7 +23,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 def test_help_names_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
     code, output, _ = run(capsys, "--help")
     assert code == 0
-    for subcommand in ("stream", "bindings", "doctor"):
+    for subcommand in ("stream", "bindings", "doctor", "train"):
         assert subcommand in output
 
 

@@ -10,7 +10,10 @@ OFFLINE = [example for example in EXAMPLES if not any(words in example for words
 
 
 @pytest.mark.parametrize("example", OFFLINE, ids=lambda example: re.findall(r"import (\w+)\n", example)[-1])
-def test_the_readmes_examples_run_as_they_stand(example: str) -> None:
+def test_the_readmes_examples_run_as_they_stand(
+    example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where some leave what they made
     exec(compile(example, str(README), "exec"), {})
 
 

@@ -227,3 +227,18 @@ def test_without_datasets_the_pip_command_is_named(tmp_path: Path, monkeypatch: 
 
 def test_every_corpus_is_held_at_a_whole_commit() -> None:
     assert all(len(corpus.revision) == 40 for corpus in CORPORA.values())
+
+
+def test_the_plays_are_split_by_play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plays = {}
+    for name in ("hamlet", "king-lear", "othello", "macbeth"):
+        plays[name] = tmp_path / f"{name}.md"
+        plays[name].write_text(f"# {name}")
+    monkeypatch.setattr("infini_attention.data.documents.text_aliases", lambda: plays)
+    splits = {
+        split: [Path(found.name).stem for found in open_documents(Documents("shakespeare", split=split))]
+        for split in ("train", "validation")
+    }
+    assert splits == {"train": ["othello", "macbeth"], "validation": ["hamlet", "king-lear"]}
+    with pytest.raises(ValueError, match="shakespeare has no split 'test'; choose one of train, validation"):
+        list(open_documents(Documents("shakespeare", split="test")))

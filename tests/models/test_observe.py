@@ -97,7 +97,8 @@ def test_figures_are_those_of_the_reference(
     hook.remove()
 
     query, key, value = attention._project(kept[0]["hidden_states"])
-    local_query, local_key = attention._rotate(query, key, kept[0]["segment_context"].rotations["full_attention"])
+    rotation = kept[0]["segment_context"].rotations["full_attention"]
+    local_query, local_key = attention._rotate(query, key, rotation)
     settings = {"segment_length": SEGMENT, "update_rule": update_rule, "backend": "reference"}
     settings |= {"local_query": local_query, "local_key": local_key, "empty_memory": "gated"}
     dot, _ = infini_attention(query, key, value, torch.full((4,), -1e4), **settings)

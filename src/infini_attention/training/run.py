@@ -27,7 +27,7 @@ from infini_attention.data.windows import CarriedWindows, PackedDocuments, Windo
 from infini_attention.layers import MemoryGate
 from infini_attention.models import FAMILIES, load_model, memory_off, retrofit
 from infini_attention.models.config import InfiniConfigMixin
-from infini_attention.models.loss import IGNORED
+from infini_attention.models.loss import IGNORED, shifted
 from infini_attention.models.memory_off import SHUT
 from infini_attention.models.observe import gate_logits
 from infini_attention.training.checkpoints import checkpoints
@@ -139,7 +139,7 @@ def load_material(recipe: Recipe) -> Material:
     with args.main_process_first(local=False, desc="tokenising"):
         store = tokenized(data.documents, tokenizer, data.shards)
         if data.validation is not None:
-            held_out = Windows(tokenized(data.validation, tokenizer, data.shards), data.length)
+            held_out = _single_rows(tokenized(data.validation, tokenizer, data.shards), data)
     collator = DataCollatorWithFlattening() if data.pack else default_data_collator
     return Material(_rows(store, recipe), held_out, len(tokenizer), tokenizer, collator)
 
@@ -152,14 +152,16 @@ def _tokenizer(recipe: Recipe) -> Any:
 
 def _rows(store: TokenStore, recipe: Recipe) -> Dataset:
     """The store's documents as a training's rows."""
-    data: DataRecipe = recipe.data
     args = recipe.training
-    if data.pack:
-        return PackedDocuments(store, data.length)
     if args.carry_memory:
         rows = args.per_device_train_batch_size * args.world_size
-        return CarriedWindows(store, data.length, rows, seed=args.seed)
-    return Windows(store, data.length)
+        return CarriedWindows(store, recipe.data.length, rows, seed=args.seed)
+    return _single_rows(store, recipe.data)
+
+
+def _single_rows(store: TokenStore, data: DataRecipe) -> Dataset:
+    """Rows that know nothing of each other."""
+    return PackedDocuments(store, data.length) if data.pack else Windows(store, data.length)
 
 
 def _fresh(recipe: ModelRecipe, vocab_size: int, settings: dict[str, Any]) -> Any:
@@ -176,8 +178,10 @@ def _fresh(recipe: ModelRecipe, vocab_size: int, settings: dict[str, Any]) -> An
             f"model.sizes has {', '.join(strangers)}, which {family.config_class.__name__} does not; "
             "see its fields, such as hidden_size, intermediate_size, num_hidden_layers, num_attention_heads"
         )
-    sizes = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": None} | recipe.sizes
-    return family(family.config_class(**sizes, **settings, infini_layers=recipe.layers))
+    sizes: dict[str, Any] = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": None}
+    if "num_attention_heads" in recipe.sizes:  # a head has its own keys and values unless sizes say otherwise
+        sizes["num_key_value_heads"] = recipe.sizes["num_attention_heads"]
+    return family(family.config_class(**sizes | recipe.sizes, **settings, infini_layers=recipe.layers))
 
 
 def _shut_for_good(model: Any) -> None:
@@ -250,6 +254,7 @@ def _loss(trainer: InfiniTrainer) -> float:
     sums = torch.zeros(2)
     for batch in trainer.get_eval_dataloader():
         loss = trainer.compute_loss(model, batch, num_items_in_batch=1) / trainer.accelerator.num_processes
-        sums += torch.stack([loss, (batch["shift_labels"] != IGNORED).sum()]).cpu()
+        targets = shifted(batch.get("labels"), batch.get("shift_labels"))
+        sums += torch.stack([loss, (targets != IGNORED).sum()]).cpu()
     total, tokens = trainer.accelerator.reduce(sums.to(trainer.args.device)).tolist()
     return float(total / tokens)

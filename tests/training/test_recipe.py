@@ -1,0 +1,214 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from infini_attention.cli import main
+from infini_attention.training.estimate import _counting, _kept
+from infini_attention.training.recipe import read_recipe
+from infini_attention.training.run import make_model, train
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+COPY = next(path for path in RECIPES if path.stem == "copy-task")
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def write(folder: Path, **changes: dict[str, Any]) -> Path:
+    """A recipe for a tiny model on two texts that are written for it."""
+    (folder / "texts").mkdir()
+    for name in ("one", "two", "three", "four"):
+        (folder / "texts" / f"{name}.txt").write_text(f"What {name} said, and said again. " * 30)
+    recipe: dict[str, dict[str, Any]] = {
+        "model": {"sizes": SIZES, "segment_length": 16},
+        "data": {
+            "documents": {"source": f"{folder}/texts/*.txt"},
+            "validation": {"source": f"{folder}/texts/one.txt"},
+            "tokenizer": "bytes",
+            "length": 64,
+            "shards": f"{folder}/tokens",
+        },
+        "training": {
+            "output_dir": f"{folder}/run",
+            "max_steps": 6,
+            "per_device_train_batch_size": 2,
+            "logging_steps": 2,
+            "save_steps": 2,
+            "learning_rate": 0.01,
+            "use_cpu": True,
+            "report_to": "none",
+        },
+    }
+    for part, fields in changes.items():
+        recipe[part] |= fields
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_reads_and_comes_back_from_its_own_text(path: Path, tmp_path: Path) -> None:
+    reading = read_recipe(path)
+    again = tmp_path / "again.yaml"
+    again.write_text(reading.text)
+    assert read_recipe(again).text == reading.text
+    assert read_recipe(again).recipe.model == reading.recipe.model
+
+
+def test_a_value_on_the_command_line_comes_before_the_files() -> None:
+    reading = read_recipe(COPY, ["--training.max_steps=7", "--model.gate_init", "-3", "--dry-run"])
+    assert reading.recipe.training.max_steps == 7
+    assert reading.recipe.model.gate_init == -3
+    assert reading.dry_run and not reading.json
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("--model.segment_lenght=8", "segment_lenght"),
+        ("--training.max_steps=many", "max_steps"),
+        ("--data.copy_task.keys=eight", "keys"),
+    ],
+)
+def test_a_wrong_name_or_type_is_named(capsys: pytest.CaptureFixture[str], override: str, named: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        read_recipe(COPY, [override])
+    assert ended.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--data.copy_task=null"], "data has both documents and copy_task, or neither"),
+        (["--model.sizes={}"], "model has neither base nor sizes"),
+        (["--model.base=smollm2"], "model.sizes are set, and model.base 'smollm2' has its own"),
+        (["--model.segment_length=16"], "data.copy_task.keys is 8, model.segment_length 16"),
+        (["--training.carry_memory=true", "--data.pack=true"], "exclude each other"),
+    ],
+)
+def test_what_contradicts_itself_is_refused_in_words(overrides: list[str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        read_recipe(COPY, overrides)
+
+
+def test_sizes_and_families_that_are_not_there_are_named() -> None:
+    recipe = read_recipe(COPY).recipe.model
+    recipe.sizes = {**recipe.sizes, "hiden_size": 3}
+    with pytest.raises(ValueError, match=r"model.sizes has hiden_size, which InfiniLlamaConfig does not"):
+        make_model(recipe, 64)
+    recipe.family = "bert"
+    with pytest.raises(ValueError, match=r"model.family is 'bert'; choose one of llama, mistral"):
+        make_model(recipe, 64)
+
+
+def test_a_dry_run_says_what_there_would_be_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    main(["train", str(path), "--dry-run", "--json"])
+    figures = json.loads(capsys.readouterr().out)
+    model = make_model(read_recipe(path).recipe.model, 256)
+    assert figures["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert figures["tokens_a_step"] == 128
+    assert figures["steps"] == 6
+    assert figures["state_gb"] == pytest.approx(16 * figures["parameters"] / 1e9)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("settings", [{}, {"checkpoint_segments": 2}], ids=str)
+def test_activations_are_counted_without_making_them(tmp_path: Path, settings: dict[str, int]) -> None:
+    recipe = read_recipe(write(tmp_path)).recipe
+    model = make_model(recipe.model, 256).train()
+    ids = torch.zeros(2, 64, dtype=torch.int64)
+    with _counting(model) as sizes:
+        model(input_ids=ids, labels=ids, use_cache=False, loss_chunk=2048, **settings)
+    hollow = make_model(recipe.model, 256).train().to("meta")
+    # SDPA keeps other things on other devices, such as a random state.
+    assert _kept(hollow, 2, 64, recipe.training, **settings) == pytest.approx(sum(sizes.values()), rel=0.1)
+
+
+def test_a_recipe_trains_and_goes_on_where_it_was_cut_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path)
+    main(["train", str(path), "--json"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["steps"] == 6
+    assert 0 < figures["validation_loss"] < 6 and "validation_loss_memory_off" in figures
+    folder = tmp_path / "run"
+    assert json.loads((folder / "summary.json").read_text()) == figures
+    assert (folder / "model" / "model.safetensors").exists() and (
+        folder / "model" / "tokenizer.json"
+    ).exists()
+    kept = (folder / "checkpoint-6" / "model.safetensors").read_bytes()
+    for name in ("checkpoint-4", "checkpoint-6"):
+        for file in sorted((folder / name).iterdir(), reverse=True):
+            file.unlink()
+        (folder / name).rmdir()
+    main(["train", str(path), "--json"])  # from step 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("step")] == ["4/6", "6/6", "6/6"]
+    assert json.loads(lines[-1])["validation_loss"] == figures["validation_loss"]
+    assert (folder / "checkpoint-6" / "model.safetensors").read_bytes() == kept
+
+
+def test_a_folder_with_a_run_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    reading = read_recipe(write(tmp_path))
+    train(reading.recipe, reading.text)
+    other = read_recipe(tmp_path / "recipe.yaml", ["--training.learning_rate=0.5"])
+    with pytest.raises(ValueError, match="holds a run of another recipe"):
+        train(other.recipe, other.text)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": {"pack": True}},
+        {"training": {"carry_memory": True}},
+        {"training": {"least_segments": 2, "repeat_ceiling": 10.0, "curriculum_steps": 3}},
+        {"training": {"checkpoint_segments": 1, "detach_every": 2, "gradient_accumulation_steps": 2}},
+        {"training": {"optim": "adafactor", "observe_steps": 1}},
+        {"model": {"memory": False}},
+        {"model": {"family": "qwen3", "update_rule": "delta", "sizes": {**SIZES, "head_dim": 16}}},
+    ],
+    ids=str,
+)
+def test_every_way_to_train_ends_with_figures(tmp_path: Path, changes: dict[str, Any]) -> None:
+    reading = read_recipe(write(tmp_path, **changes))
+    figures = train(reading.recipe, reading.text)
+    assert figures["steps"] == 6
+    assert figures["validation_loss"] < 6
+    without = not reading.recipe.model.memory
+    assert (figures["gate_max"] == 0) == without
+    assert (figures["validation_loss"] == figures["validation_loss_memory_off"]) == without
+
+
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_command_with_a_checkpoint(
+    tmp_path: Path, signal_number: signal.Signals, code: int
+) -> None:
+    path = write(tmp_path, training={"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1})
+    program = "import torch; torch.set_num_threads(1); from infini_attention.cli import main; main()"
+    command = [sys.executable, "-c", program, "train", str(path)]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        assert process.stdout is not None and process.stderr is not None
+        while not process.stdout.readline().startswith("step 3/"):
+            assert process.poll() is None, process.stderr.read()
+        process.send_signal(signal_number)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    assert f"stopped by {signal_number.name} after step" in errors
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert (checkpoint / "manifest.json").exists()
