@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -41,6 +42,8 @@ class InfiniTrainingArguments(TrainingArguments):
     observe_steps: int = field(default=0)
 
     def __post_init__(self) -> None:
+        # transformers refuses bf16, and several processes, on a CPU that it was not told to use.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # for copies to a GPU
