@@ -119,7 +119,8 @@ def test_segments_repeat_and_vary_in_number_in_training_only(
     monkeypatch.setattr(type(model), "forward", spy)
     batch = {name: torch.stack([row[name] for row in rows(3)]) for name in ("input_ids", "labels")}
     for _ in range(30):
-        trainer.training_step(model, batch, num_items_in_batch=117)
+        drawn, _ = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+        trainer.training_step(model, drawn[0], num_items_in_batch=117)
     assert {length for length, _ in seen} == {16, 24, 32, 40}
     assert all(weights.shape == (3, length // SEGMENT) for length, weights in seen)
     model.eval()
@@ -192,6 +193,17 @@ def test_checkpointed_segments_train_the_same(
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert losses[0][0] == pytest.approx(losses[2][0], abs=1e-4)
     assert losses[0] != pytest.approx(losses[2], abs=1e-5)  # the write side is cut off
+
+
+def test_inputs_that_are_cut_count_the_tokens_that_are_left(
+    make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM
+) -> None:
+    trainer = make_trainer(least_segments=2, curriculum_steps=1000)  # at the start two segments and no more
+    batch = {name: torch.stack([row[name] for row in rows(3)]) for name in ("input_ids", "labels")}
+    (drawn,), count = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    assert count == 3 * (2 * SEGMENT - 1)
+    loss = trainer.training_step(model.train(), drawn, num_items_in_batch=count)
+    torch.testing.assert_close(loss, model(**drawn, use_cache=False).loss.detach())
 
 
 def test_the_curriculum_lengthens_inputs(
@@ -273,7 +285,9 @@ def test_packed_documents_start_with_an_empty_memory(
     model.register_forward_pre_hook(
         lambda module, args, inputs: weights.append(inputs.get("segment_weights")), with_kwargs=True
     )
-    loss = trainer.training_step(model.train(), batch, num_items_in_batch=98)
+    (drawn,), count = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    assert count == 98
+    loss = trainer.training_step(model.train(), drawn, num_items_in_batch=count)
     assert weights[0].shape == (4, 5)  # a row a document, as many columns as the longest has segments
     singly = sum(
         model(

@@ -53,6 +53,7 @@ class InfiniTrainer(Trainer):
         self.label_names, self.can_return_loss = [], True  # evaluate by labels or shift_labels alike
         self.observation: Observation | None = None
         self._logged: Observation | None = None
+        self._observed_at = -1
         self._context = ContextShare.of(self.args)
         self._random = torch.Generator().manual_seed(self.args.seed + self._context.number)
         self._carried = CarriedMemory()
@@ -81,6 +82,7 @@ class InfiniTrainer(Trainer):
             resume_from_checkpoint = str(self._newest())
         elif resume_from_checkpoint and (reason := damage(Path(resume_from_checkpoint))):
             raise ValueError(f"{reason}; go on from another checkpoint")
+        self._carried, self._observed_at = CarriedMemory(), -1
         try:
             return super().train(resume_from_checkpoint, *arguments, **settings)
         finally:
@@ -126,10 +128,11 @@ class InfiniTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
-        """The batches of a step, and how many tokens all processes predict in it."""
+        """The batches of a step, drawn, and how many tokens all processes predict in it."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
+        batches = [self._drawn(batch) for batch in batches]
         counts = [
             (shifted(batch.get("labels"), batch.get("shift_labels")) != IGNORED).sum() for batch in batches
         ]
@@ -139,8 +142,8 @@ class InfiniTrainer(Trainer):
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward of one batch: drawn, shared out, with the memory carried to it."""
-        inputs = self._context.share(self._drawn(self._prepare_inputs(inputs)), self._segment_length)
+        """Forward and backward of one drawn batch: shared out, with the memory carried to it."""
+        inputs = self._context.share(self._prepare_inputs(inputs), self._segment_length)
         starts = inputs.pop("starts_document", None)
         if self.args.carry_memory:
             inputs[CACHE_ARGUMENT] = self._carried.cache(self._config, starts)
@@ -151,7 +154,7 @@ class InfiniTrainer(Trainer):
         if self.args.carry_memory:
             self._carried.keep(inputs[CACHE_ARGUMENT])
         self._throughput.count(inputs["input_ids"].shape)
-        if self.args.observe_steps and self.state.global_step % self.args.observe_steps == 0:
+        if self._observes():
             with self.compute_loss_context_manager():
                 self.observation = observe(self.model, observed)
         return loss
@@ -200,6 +203,13 @@ class InfiniTrainer(Trainer):
         means = self.accelerator.reduce(mine, reduction="mean")
         return dict(zip(figures, means.tolist(), strict=True))
 
+    def _observes(self) -> bool:
+        """Whether this step is one to be looked at: once, however many batches it has."""
+        every, step = self.args.observe_steps, self.state.global_step
+        due = every > 0 and step % every == 0 and step != self._observed_at
+        self._observed_at = step if due else self._observed_at
+        return due
+
     def _drawn(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of this step: so many segments, each so often, and how they go through the model."""
         args, size = self.args, self._segment_length
@@ -216,7 +226,7 @@ class InfiniTrainer(Trainer):
             counts = [length] * rows if documents is None else documents
             segments = max(math.ceil(count / size) for count in counts)
             weights = repeated_segments(len(counts), segments, args.repeat_ceiling, generator=self._random)
-            inputs["segment_weights"] = weights.to(inputs["input_ids"].device)
+            inputs["segment_weights"] = weights
         for name in ("checkpoint_segments", "detach_every"):
             if getattr(args, name) is not None:
                 inputs[name] = getattr(args, name)
@@ -235,7 +245,8 @@ class InfiniTrainer(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        if not math.isfinite(norm):  # now, before the optimiser spreads it
+        # Now, before the optimiser spreads it; a gradient scaler, which fp16 has, leaves such steps out itself.
+        if not math.isfinite(norm) and self.accelerator.scaler is None:
             raise FloatingPointError(f"the gradient's norm is {float(norm)} {self._where()}")
         return norm
 
@@ -272,8 +283,9 @@ class InfiniTrainer(Trainer):
                 keep_newest(folder, limit, also=None if best is None else Path(best))
         self.accelerator.wait_for_everyone()
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
+    # Before the first batch is drawn: random states, which transformers loads after it, come too late.
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             path = Path(checkpoint) / self._own_state_name
             state = torch.load(path, map_location=self.args.device, weights_only=True)
