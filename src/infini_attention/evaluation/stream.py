@@ -10,7 +10,7 @@ import torch
 from infini_attention.data.texts import TokenBlock, first_tokens, in_chunks, open_text, token_blocks
 from infini_attention.evaluation.perplexity import StreamedPerplexity, Stretch
 from infini_attention.evaluation.progress import ResidentMemory, StreamProgress
-from infini_attention.evaluation.provenance import Provenance, provenance
+from infini_attention.provenance import Provenance, provenance
 from infini_attention.layers import MemoryGate
 from infini_attention.models import load_tokenizer
 from infini_attention.models.config import head_dim_of

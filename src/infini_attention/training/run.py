@@ -30,6 +30,7 @@ from infini_attention.models.config import InfiniConfigMixin
 from infini_attention.models.loss import IGNORED, shifted
 from infini_attention.models.memory_off import SHUT
 from infini_attention.models.observe import gate_logits
+from infini_attention.provenance import provenance
 from infini_attention.training.checkpoints import checkpoints
 from infini_attention.training.estimate import estimate
 from infini_attention.training.recipe import DataRecipe, ModelRecipe, Recipe
@@ -84,7 +85,8 @@ def train(recipe: Recipe, text: str) -> dict[str, Any]:
     figures |= _measured(trainer, material) | {"output": str(folder / MODEL)}
     trainer.save_model(str(folder / MODEL))
     if args.should_save:
-        (folder / SUMMARY).write_text(json.dumps(figures, indent=1) + "\n")
+        summary = figures | {"provenance": asdict(provenance())}
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     return figures
 
 

@@ -16,7 +16,7 @@ PACKAGES = ("infini-attention", "torch", "transformers", "tokenizers")
 
 @dataclass(frozen=True)
 class Provenance:
-    """Time (UTC), command, commit (None outside a git checkout), versions and processor of a run."""
+    """Time (UTC), command, commit (None outside a git checkout), versions, processor and GPU of a run."""
 
     date: str
     command: str
@@ -24,6 +24,7 @@ class Provenance:
     versions: dict[str, str]
     processor: str
     threads: int
+    card: str | None
 
 
 def provenance() -> Provenance:
@@ -35,6 +36,7 @@ def provenance() -> Provenance:
         versions={"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         processor=_processor(),
         threads=torch.get_num_threads(),
+        card=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     )
 
 
@@ -47,7 +49,7 @@ def _version(package: str) -> str:
 
 def _commit() -> str | None:
     """The commit of the checkout that this very file lies in, marked where files were changed since."""
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
