@@ -10,11 +10,11 @@ import torch
 from infini_attention.data.texts import TokenBlock, first_tokens, in_chunks, open_text, token_blocks
 from infini_attention.evaluation.perplexity import StreamedPerplexity, Stretch
 from infini_attention.evaluation.progress import ResidentMemory, StreamProgress
-from infini_attention.provenance import Provenance, provenance
 from infini_attention.layers import MemoryGate
 from infini_attention.models import load_tokenizer
 from infini_attention.models.config import head_dim_of
 from infini_attention.models.reader import load_reader
+from infini_attention.provenance import Provenance, provenance
 
 CHUNK_TOKENS = 1024
 MOST_SAMPLES = 512
