@@ -245,7 +245,7 @@ class InfiniTrainer(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        # Now, before the optimiser spreads it; a gradient scaler, which fp16 has, leaves such steps out itself.
+        # Now, before the optimiser spreads it; the gradient scaler of fp16 leaves such steps out by itself.
         if not math.isfinite(norm) and self.accelerator.scaler is None:
             raise FloatingPointError(f"the gradient's norm is {float(norm)} {self._where()}")
         return norm
