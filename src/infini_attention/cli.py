@@ -75,15 +75,18 @@ GROUPS = (Reader, Generation)  # dataclasses whose fields are options by their o
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `infini` with `arguments`, by default the command line's.
 
-    A user's mistake is one line and exit code 2.
+    A user's mistake is one line and exit code 2, a training that diverges one line and exit code 1.
     """
     parsed = _parser().parse_args(arguments)
     function = SUBCOMMANDS[parsed.subcommand]
     try:
-        function(**_grouped(function, vars(parsed[parsed.subcommand])))
+        function(**_grouped(function, parsed[parsed.subcommand].as_dict()))
     except ValueError as error:
         print(f"infini: {error}", file=sys.stderr)
         sys.exit(2)
+    except FloatingPointError as error:
+        print(f"infini: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("infini: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -175,6 +178,70 @@ def bindings(
         bindings=bindings, head_dim=head_dim, segments=segments, trials=trials, seed=seed
     )
     _print(show.to_json(report) if json else show.tables(report))
+    if plot is not None:
+        show.plot(report, plot)
+
+
+def passkey(
+    *,
+    variant: str = "paper",
+    lengths: list[int] = [32_768],  # noqa: B006 (never changed; shown in --help)
+    depths: int = 11,
+    samples: int = 10,
+    keys: int = 1,
+    rewrites: int = 0,
+    prose: str | None = None,
+    seed: int = 0,
+    batch_rows: int = 32,
+    chunk_tokens: int | None = None,
+    output: Path | None = None,
+    plot: Path | None = None,
+    reader: Reader,
+    json: bool = False,
+) -> None:
+    """Ask a model for a pass key that stands in a prompt of any length: exact match by length and depth.
+
+    Args:
+        variant: paper or landmark, after the papers; varied, in real prose; numbers, among other numbers.
+        lengths: Tokens of a prompt, question included, such as '[32768, 131072]'.
+        depths: Number of places for the key, at equal distances from first to last.
+        samples: Prompts for each length and depth.
+        keys: Keys in a prompt, one of which is asked for.
+        rewrites: How often that one is told before with another value.
+        prose: The text around the keys of varied; a file, - for standard input, or an alias such as hamlet.
+        seed: Seed of all that is random.
+        batch_rows: Prompts that are read side by side.
+        chunk_tokens: Tokens of each that go through the model at once; by default whole segments, together
+            some 65,536 tokens on a GPU and 8,192 on a CPU. Changes speed and working memory.
+        output: A JSON file, written after every batch; the same command goes on where it was cut off.
+        plot: Where to draw the heat map, a file such as out/passkey.png.
+    """
+    from infini_attention.data.texts import open_text
+    from infini_attention.evaluation import passkey_report as show
+    from infini_attention.evaluation.passkey import even_depths
+    from infini_attention.evaluation.passkey import passkey as measure
+    from infini_attention.evaluation.stream_report import require_matplotlib
+
+    if plot is not None:
+        require_matplotlib()  # before the reading, not after it
+    text = None if prose is None else open_text(prose)
+    model, tokenizer = _loaded(reader)
+    report = measure(
+        model,
+        tokenizer,
+        variant=variant,
+        lengths=lengths,
+        depths=even_depths(depths),
+        samples=samples,
+        keys=keys,
+        rewrites=rewrites,
+        prose=text,
+        seed=seed,
+        batch_rows=batch_rows,
+        chunk_tokens=chunk_tokens,
+        output=output,
+    )
+    _print(report.to_json() if json else show.tables(report))
     if plot is not None:
         show.plot(report, plot)
 
@@ -331,11 +398,22 @@ def state(
 
 def _loader(reader: Reader) -> Callable[[Path | None], Any]:
     """What makes a session out of a state file, or a fresh one."""
+    from infini_attention.streaming import Session
+
+    model, tokenizer = _loaded(reader)
+
+    def load(path: Path | None) -> Any:
+        return Session(model, tokenizer) if path is None else Session.load(path, model, tokenizer)
+
+    return load
+
+
+def _loaded(reader: Reader) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
     from transformers.utils import logging
 
     from infini_attention.models import load_tokenizer
     from infini_attention.models.reader import load_reader
-    from infini_attention.streaming import Session
 
     logging.disable_progress_bar()
     settings = {name: getattr(reader, name) for name in RETROFIT}
@@ -343,12 +421,7 @@ def _loader(reader: Reader) -> Callable[[Path | None], Any]:
     if dtype == "auto":  # fixed by the device alone, since a state belongs to one dtype
         dtype = "bfloat16" if choose_device(reader.device).type == "cuda" else "float32"
     model, _ = load_reader(reader.model, settings, device=reader.device, dtype=dtype)
-    tokenizer = load_tokenizer(reader.model)
-
-    def load(path: Path | None) -> Any:
-        return Session(model, tokenizer) if path is None else Session.load(path, model, tokenizer)
-
-    return load
+    return model, load_tokenizer(reader.model)
 
 
 def _say(session: Any, ids: Iterable[int], json: bool) -> None:
@@ -441,6 +514,7 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "state": state,
     "train": train,
     "bindings": bindings,
+    "passkey": passkey,
     "doctor": doctor,
 }
 RETROFIT = ("segment_length", "update_rule", "feature_map", "gate_init")

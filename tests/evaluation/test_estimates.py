@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from infini_attention.evaluation.estimates import estimate
+from infini_attention.evaluation.estimates import estimate, proportion
 
 
 def test_the_interval_is_students() -> None:
@@ -26,3 +26,17 @@ def test_one_sample_has_no_interval() -> None:
 
 def test_what_is_not_finite_stays_visible() -> None:
     assert math.isnan(estimate([1.0, math.inf]).mean)
+
+
+@pytest.mark.parametrize(
+    ("successes", "low", "high"), [(0, 0.0, 0.2775), (8, 0.4902, 0.9433), (10, 0.7225, 1.0)]
+)
+def test_the_interval_of_a_share_is_wilsons(successes: int, low: float, high: float) -> None:
+    result = proportion([1.0] * successes + [0.0] * (10 - successes))
+    assert (result.share, result.trials) == (successes / 10, 10)
+    assert (result.low, result.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+
+
+def test_a_share_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="a proportion needs at least one"):
+        proportion([])

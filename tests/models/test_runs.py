@@ -97,6 +97,11 @@ def test_what_runs_cannot_do_is_refused(llama, make_model, make_base, make_token
     with pytest.raises(ValueError, match="documents are packed"):
         positions = torch.cat([torch.arange(9), torch.arange(11)])[None]
         llama(tokens, position_ids=positions, use_cache=False, checkpoint_segments=1)
+    with pytest.raises(ValueError, match="documents are packed"):
+        positions = torch.cat([torch.arange(1), torch.arange(19)])[None]  # a document of one token
+        llama(tokens, position_ids=positions, use_cache=False, checkpoint_segments=1)
+    with pytest.raises(ValueError, match="position_ids jump to 3"):
+        llama(tokens, position_ids=3 * torch.arange(20)[None], use_cache=False, checkpoint_segments=1)
     with pytest.raises(ValueError, match="output_hidden_states=True, but runs keep no hidden states"):
         llama(tokens, output_hidden_states=True, checkpoint_segments=1)
     with pytest.raises(ValueError, match="segment_weights are set, and rows are padded"):

@@ -23,12 +23,14 @@ def checkpoint(folder: Path, step: int, *, sealed: bool = True) -> Path:
     return path
 
 
-def test_the_newest_is_the_one_of_the_highest_step(tmp_path: Path) -> None:
-    for step in (9, 100, 20):
+def test_the_newest_is_the_one_that_was_finished_last(tmp_path: Path) -> None:
+    for step in (9, 100, 20):  # as a run does that goes back from 100
         checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-300").write_text("a file")
-    assert newest_checkpoint(tmp_path) == (tmp_path / "checkpoint-100", [])
+    assert newest_checkpoint(tmp_path) == (tmp_path / "checkpoint-20", [])
+    keep_newest(tmp_path, 1)
+    assert newest_checkpoint(tmp_path) == (tmp_path / "checkpoint-20", [])
     assert newest_checkpoint(tmp_path / "nothing") == (None, [])
 
 

@@ -118,3 +118,46 @@ def test_wrong_divisions_are_refused_in_words(tmp_path: Path) -> None:
     ):
         for error in run_on(2, divided, str(tmp_path), length, settings):
             assert expected in error
+
+
+def resumed(folder: str, settings: dict[str, Any]) -> list[float]:
+    """Losses of four steps, cut in the middle where `settings` say so."""
+    losses: dict[int, float] = {}
+    for stop in (2, 4) if settings.pop("cut") else (4,):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+        model = retrofit(LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)), segment_length=SEGMENT)
+        args = InfiniTrainingArguments(
+            output_dir=folder,
+            max_steps=4,
+            logging_steps=1,
+            save_steps=2,
+            lr_scheduler_type="constant",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            **settings,
+        )
+        trainer = InfiniTrainer(model=model, args=args, train_dataset=Told())
+        if stop == 2:
+            trainer.args.max_steps = 2
+        trainer.train(resume_from_checkpoint=stop == 4 and "cut" in folder)
+        losses |= {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+    return [losses[step] for step in sorted(losses)]
+
+
+class Told(Rows):
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = {name: x[: 4 * SEGMENT] for name, x in super().__getitem__(index).items()}
+        return item | {"starts_document": torch.tensor(index % 8 == 0)}
+
+
+@pytest.mark.parametrize("settings", [{"carry_memory": True}, {"repeat_ceiling": 30.0}], ids=str)
+def test_several_processes_go_on_where_they_were_cut_off(tmp_path: Path, settings: dict[str, Any]) -> None:
+    settings = {"per_device_train_batch_size": 2} | settings
+    whole, cut = (
+        run_on(2, resumed, str(tmp_path / name), settings | {"cut": name == "cut"})
+        for name in ("whole", "cut")
+    )
+    assert len(whole[0]) == 4
+    assert cut == whole

@@ -87,11 +87,13 @@ def test_a_wrong_name_or_type_is_named(capsys: pytest.CaptureFixture[str], overr
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["--data.copy_task=null"], "data has both documents and copy_task, or neither"),
+        (["--data.copy_task=null"], "data has no source; give one of documents, copy_task, passkey"),
         (["--model.sizes={}"], "model has neither base nor sizes"),
         (["--model.base=smollm2"], "model.sizes are set, and model.base 'smollm2' has its own"),
         (["--model.segment_length=16"], "data.copy_task.keys is 8, model.segment_length 16"),
-        (["--training.carry_memory=true", "--data.pack=true"], "exclude each other"),
+        (["--data.pack=true", "--data.length=77"], "data.length, data.pack belong to documents"),
+        (["--training.gate_warmup_steps=-5"], "gate_warmup_steps is -5; give at least 0"),
+        (["--training.loss_chunk=0"], "loss_chunk is 0; give at least 1"),
     ],
 )
 def test_what_contradicts_itself_is_refused_in_words(overrides: list[str], words: str) -> None:
@@ -102,7 +104,10 @@ def test_what_contradicts_itself_is_refused_in_words(overrides: list[str], words
 def test_sizes_and_families_that_are_not_there_are_named() -> None:
     recipe = read_recipe(COPY).recipe.model
     recipe.sizes = {**recipe.sizes, "hiden_size": 3}
-    with pytest.raises(ValueError, match=r"model.sizes has hiden_size, which InfiniLlamaConfig does not"):
+    with pytest.raises(ValueError, match=r"model.sizes has hiden_size, which are no sizes of"):
+        make_model(recipe, 64)
+    recipe.sizes = {"hidden_size": 64, "num_attention_heads": 5}
+    with pytest.raises(ValueError, match=r"model.sizes make no llama: (.|\n)*not a multiple of"):
         make_model(recipe, 64)
     recipe.family = "bert"
     with pytest.raises(ValueError, match=r"model.family is 'bert'; choose one of llama, mistral"):
@@ -162,6 +167,46 @@ def test_a_recipe_trains_and_goes_on_where_it_was_cut_off(
     assert [line.split()[1] for line in lines if line.startswith("step")] == ["4/6", "6/6", "6/6"]
     assert json.loads(lines[-1])["validation_loss"] == figures["validation_loss"]
     assert (folder / "checkpoint-6" / "model.safetensors").read_bytes() == kept
+
+
+def test_packing_and_what_it_excludes(tmp_path: Path) -> None:
+    path = write(tmp_path, data={"pack": True})
+    with pytest.raises(ValueError, match=r"data.pack and training.carry_memory exclude each other"):
+        read_recipe(path, ["--training.carry_memory=true"])
+    with pytest.raises(ValueError, match=r"data.pack and training.least_segments exclude each other"):
+        read_recipe(path, ["--training.least_segments=2"])
+
+
+def test_a_run_that_never_finished_a_checkpoint_starts_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path)
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").write_text(read_recipe(path).text)
+    main(["train", str(path), "--json"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 6
+
+
+def test_a_base_that_has_memories_keeps_its_own(tmp_path: Path) -> None:
+    reading = read_recipe(write(tmp_path))
+    train(reading.recipe, reading.text)
+    base = ["--model.sizes={}", f"--model.base={tmp_path}/run/model", "--data.tokenizer=null"]
+    with pytest.raises(ValueError, match=r"has memories already, and model.segment_length would change them"):
+        make_model(read_recipe(tmp_path / "recipe.yaml", base).recipe.model, 256)
+    recipe = read_recipe(tmp_path / "recipe.yaml", [*base, "--model.segment_length=2048"]).recipe
+    assert make_model(recipe.model, 256).config.segment_length == 16
+    with pytest.raises(ValueError, match=r"the data has 999 tokens and model.base .* knows 256"):
+        make_model(recipe.model, 999)
+
+
+def test_a_loss_that_is_no_number_ends_the_command_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, training={"learning_rate": 1e30, "max_grad_norm": 0.0})
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(path)])
+    assert ended.value.code == 1
+    assert "with a lower learning rate" in capsys.readouterr().err
 
 
 def test_a_folder_with_a_run_of_another_recipe_is_refused(tmp_path: Path) -> None:

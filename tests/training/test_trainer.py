@@ -37,7 +37,7 @@ def make_trainer(model: LlamaForCausalLM, tmp_path: Path) -> Callable[..., Infin
         fixed = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 1e-3}
         fixed |= {"report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
         args = InfiniTrainingArguments(output_dir=str(tmp_path), **(fixed | settings))
-        return InfiniTrainer(model=model, args=args, train_dataset=rows())
+        return InfiniTrainer(model=model, args=args, train_dataset=rows(), eval_dataset=rows(4))
 
     return make
 
@@ -135,7 +135,7 @@ def test_a_loss_that_is_no_number_stops_the_training(
     trainer = make_trainer()
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 0; there is no checkpoint"):
+    with pytest.raises(FloatingPointError, match="loss is nan at step 0; start anew with a lower"):
         trainer.train()
 
 
@@ -146,7 +146,7 @@ def test_a_gradient_that_is_no_number_stops_it_before_the_weights_are_touched(
     hook = model.lm_head.weight.register_hook(
         lambda gradient: gradient * float("inf") if trainer.state.global_step == 3 else gradient
     )
-    with pytest.raises(FloatingPointError, match=r"(nan|inf) at step 3; go on from .*checkpoint-2 with"):
+    with pytest.raises(FloatingPointError, match=r"(nan|inf) at step 3; start from .*checkpoint-2"):
         trainer.train()
     hook.remove()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
@@ -176,7 +176,9 @@ def test_the_memorys_part_is_measured_on_the_steps_own_tokens(
     assert [entry["step"] for entry in logged] == [1, 3]  # of steps 0 and 2, logged when they are done
     for entry in logged:
         assert 0 < entry["memory_share"] < 1
-        assert entry["memory_gain"] == pytest.approx(entry["loss_memory_off"] - entry["loss"], abs=2e-2)
+        gain = entry["loss_memory_off"] - entry["loss_memory_on"]
+        assert entry["memory_gain"] == pytest.approx(gain, abs=1e-6)
+        assert entry["loss_memory_on"] == pytest.approx(entry["loss"], abs=2e-2)  # after the step, not before
     assert all("tokens_per_second" in entry for entry in trainer.state.log_history[1:4])
 
 
@@ -229,6 +231,38 @@ def test_adafactor_scales_the_bodys_steps_and_not_the_gates(
     assert scaled == {"matrices": True, "vectors": True, "gates": False}
     moved = (gate_logits(model) - before).abs()
     assert 0.005 < moved.max() < 0.1  # four steps of at most about the rate, though the gates started at 0
+
+
+def test_what_the_trainer_would_not_do_is_refused(
+    make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM
+) -> None:
+    with pytest.raises(ValueError, match="label_smoothing_factor or compute_loss_func is set"):
+        make_trainer(label_smoothing_factor=0.1)
+    evaluates = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss"}
+    with pytest.raises(ValueError, match="gate_warmup_steps is 5, and lr_scheduler_type"):
+        make_trainer(gate_warmup_steps=5, lr_scheduler_type="reduce_lr_on_plateau", **evaluates).train()
+    documents = DataCollatorWithFlattening()(rows(2))
+    with pytest.raises(ValueError, match="least_segments is 2, and documents are packed"):
+        make_trainer(least_segments=2).get_batch_samples(iter([documents]), 1, torch.device("cpu"))
+    ragged = {name: torch.stack([row[name] for row in rows(2, 43)]) for name in ("input_ids", "labels")}
+    with pytest.raises(ValueError, match="inputs have 43 tokens, which are no whole segments of 8"):
+        trainer = make_trainer(carry_memory=True, repeat_ceiling=5.0)
+        trainer.get_batch_samples(iter([ragged]), 1, torch.device("cpu"))
+
+
+def test_a_run_goes_on_only_as_it_was_dealt_out(
+    make_trainer: Callable[..., InfiniTrainer], tmp_path: Path
+) -> None:
+    make_trainer(save_strategy="steps", save_steps=2).train()
+    with pytest.raises(ValueError, match=r"per_device_train_batch_size is 2, and .* was saved with 4"):
+        make_trainer(per_device_train_batch_size=2, max_steps=8).train(True)
+
+
+def test_all_checkpoints_are_kept_where_the_limit_is_0(
+    make_trainer: Callable[..., InfiniTrainer], tmp_path: Path
+) -> None:
+    make_trainer(save_strategy="steps", save_steps=1, save_total_limit=0).train()
+    assert len(list(tmp_path.glob("checkpoint-*/manifest.json"))) == 4
 
 
 class Story(torch.utils.data.Dataset):

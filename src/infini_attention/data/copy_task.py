@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-IGNORED = -100
+from infini_attention.models.loss import IGNORED
 
 
 class CopyTask(Dataset[dict[str, Tensor]]):

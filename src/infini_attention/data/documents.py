@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -245,7 +245,10 @@ def _refuse(documents: Documents, names: Iterable[str], reason: str) -> None:
 
 
 def _matching(pattern: str) -> list[str]:
-    found = glob(os.path.expanduser(pattern), recursive=True)
+    pattern = os.path.expanduser(pattern)
+    if os.path.isfile(pattern):  # whatever its name looks like
+        return [pattern]
+    found = glob(pattern, recursive=True)
     return sorted(path for path in found if os.path.isfile(path))
 
 
@@ -290,7 +293,8 @@ def _stream(documents: Documents, origin: _Origin) -> Iterable[Row]:
     # Lines are parsed here, as objects: the builder for JSON makes a table, whose rows must all be alike.
     # Row groups may hold hundreds of books, and are read a few rows at a time.
     builder, settings = ("text", {}) if origin.form == "jsonl" else ("parquet", {"batch_size": 16})
-    return load_dataset(builder, data_files=origin.files, split="train", streaming=True, **settings)
+    files = [file if file.startswith("hf://") else escape(file) for file in origin.files]
+    return load_dataset(builder, data_files=files, split="train", streaming=True, **settings)
 
 
 def _parsed(line: str, name: str) -> Row:

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from infini_attention.data.shards import TokenStore
-
-IGNORED = -100
+from infini_attention.models.loss import IGNORED
 
 
 class Windows(Dataset[dict[str, Tensor]]):

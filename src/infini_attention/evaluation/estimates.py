@@ -1,4 +1,4 @@
-"""Means of a few repeated trials, with the interval that the trials support."""
+"""Means of repeated trials, with the interval that the trials support."""
 
 import math
 import statistics
@@ -44,6 +44,31 @@ def estimate(samples: Sequence[float]) -> Estimate:
     if len(samples) == 1:
         return Estimate(mean, math.nan)
     return Estimate(mean, _quantile(len(samples) - 1) * statistics.stdev(samples) / math.sqrt(len(samples)))
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """A share of `trials` trials, and the ends of its 95 % interval."""
+
+    share: float
+    low: float
+    high: float
+    trials: int
+
+
+def proportion(outcomes: Sequence[float]) -> Proportion:
+    """Return the mean of independent `outcomes`, each from 0 to 1, and Wilson's 95 % interval around it.
+
+    Where outcomes are other than 0 and 1, as a share of right tokens is, the interval is wider than it need
+    be: nothing between 0 and 1 varies more than 0 and 1 do. Raises ValueError where there are none.
+    """
+    if not outcomes:
+        raise ValueError("no outcomes are given; a proportion needs at least one")
+    share, trials = statistics.fmean(outcomes), len(outcomes)
+    doubt = _NORMAL**2 / trials
+    middle = (share + doubt / 2) / (1 + doubt)
+    half = math.sqrt(doubt * (share * (1 - share) + doubt / 4)) / (1 + doubt)
+    return Proportion(share, max(0.0, middle - half), min(1.0, middle + half), trials)
 
 
 def _quantile(degrees: int) -> float:

@@ -44,7 +44,12 @@ def load_tokenizer(name_or_path: str | PathLike[str]) -> Any:
     place = _resolve(name_or_path)
     if place.endswith(".gguf"):
         return AutoTokenizer.from_pretrained(str(Path(place).parent), gguf_file=Path(place).name)
-    return AutoTokenizer.from_pretrained(place)
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except OSError as error:
+        raise ValueError(
+            f"{place!r} is neither a folder with a tokenizer nor a name to load one by; give one ({error})"
+        ) from error
 
 
 def _resolve(name_or_path: str | PathLike[str]) -> str:

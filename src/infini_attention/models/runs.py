@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from infini_attention.models.cache import InfiniCache
 from infini_attention.models.compat import CACHE_ARGUMENT
+from infini_attention.models.inputs import packed_documents, padding_of
 
 
 def in_runs(
@@ -47,11 +48,13 @@ def in_runs(
         ValueError: numbers that do not divide, layers without a memory, packed documents, or weights beside
             rows that are cut at different places.
     """
-    _check(model, position_ids, kwargs, checkpoint_segments, detach_every)
+    carried = InfiniCache(model.config) if cache is None else cache.copy()
+    seen, (batch, length) = carried.get_seq_length(), inputs.shape[:2]
+    padding_mask = padding_of(attention_mask, batch=batch, length=length, seen=seen)
+    _check(model, position_ids, padding_mask, kwargs, checkpoint_segments, detach_every)
     run_segments = checkpoint_segments or detach_every
     assert run_segments is not None
-    carried = InfiniCache(model.config) if cache is None else cache.copy()
-    used = _used(carried, model.config, attention_mask, segment_weights)
+    used = _used(carried, model.config, padding_mask, segment_weights)
 
     def forward(
         tokens: Tensor, before: InfiniCache, weights: Tensor | None, mask: Tensor | None
@@ -63,8 +66,7 @@ def in_runs(
         return output.last_hidden_state, after
 
     hidden = []
-    seen = carried.get_seq_length()
-    for number, run in enumerate(_runs(inputs.shape[1], run_segments, model.config.segment_length, used)):
+    for number, run in enumerate(_runs(length, run_segments, model.config.segment_length, used)):
         if detach_every is not None and number and number * run_segments % detach_every == 0:
             carried = carried.detach()
         columns = slice(number * run_segments, (number + 1) * run_segments)
@@ -84,6 +86,7 @@ def in_runs(
 def _check(
     model: Any,
     position_ids: Tensor | None,
+    padding_mask: Tensor | None,
     arguments: dict[str, Any],
     checkpoint_segments: int | None,
     detach_every: int | None,
@@ -102,7 +105,10 @@ def _check(
             "layers are checkpointed already; call model.gradient_checkpointing_disable(), or leave out "
             "checkpoint_segments and detach_every"
         )
-    if arguments.get("cu_seq_lens_q") is not None or _restarts(position_ids):
+    packed = packed_documents(
+        position_ids, cu_seqlens=arguments.get("cu_seq_lens_q"), padding_mask=padding_mask, can_pack=True
+    )
+    if packed is not None:
         raise ValueError(
             "documents are packed, and have no common segments to take in runs; give one document a row, or "
             "leave out checkpoint_segments and detach_every"
@@ -113,17 +119,13 @@ def _check(
         )
 
 
-def _restarts(position_ids: Tensor | None) -> bool:
-    return position_ids is not None and bool((position_ids.diff(dim=1) < 0).any())
-
-
 def _used(
-    cache: InfiniCache, config: Any, attention_mask: Tensor | None, segment_weights: Tensor | None
+    cache: InfiniCache, config: Any, padding_mask: Tensor | None, segment_weights: Tensor | None
 ) -> int:
     """Tokens of the open segment, so that runs end where segments do; 0 where rows differ."""
     state = cache.layers[config.infini_layers[0]].state
     used = [0] if state is None else state.open_length.tolist()
-    alike = len(set(used)) == 1 and (attention_mask is None or bool((attention_mask != 0).all()))
+    alike = len(set(used)) == 1 and padding_mask is None
     if segment_weights is not None and not alike:
         raise ValueError(
             "segment_weights are set, and rows are padded or have open segments of different lengths, so "

@@ -50,6 +50,12 @@ class InfiniTrainingArguments(TrainingArguments):
         self._check_memory()
 
     def _check_memory(self) -> None:
+        for name in ("gate_learning_rate", "gate_warmup_steps", "curriculum_steps", "observe_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 0")
+        for name in ("least_segments", "checkpoint_segments", "detach_every", "loss_chunk"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1, or leave it out")
         if not self.repeat_ceiling >= 1:
             raise ValueError(f"repeat_ceiling is {self.repeat_ceiling}; give at least 1, which is never")
         if self.curriculum_steps and self.least_segments is None:

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from infini_attention.models.cache import InfiniCache, InfiniCacheLayer
@@ -46,9 +47,9 @@ class CarriedMemory:
         """What `load` takes: tensors and numbers only."""
         return [asdict(state) for state in self._states]
 
-    def load(self, saved: list[dict[str, Any]]) -> None:
-        """Go on from what `save` gave."""
-        self._states = [MemoryState(**fields | {"length": fields["length"].cpu()}) for fields in saved]
+    def load(self, saved: list[dict[str, Any]], device: torch.device) -> None:
+        """Go on, on `device`, from what `save` gave."""
+        self._states = [MemoryState(**fields).to(device) for fields in saved]
 
 
 def _layers(cache: InfiniCache) -> list[InfiniCacheLayer]:

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import time
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -18,7 +20,7 @@ def seal(checkpoint: Path) -> None:
         _sync(path)
         files[path.relative_to(checkpoint).as_posix()] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
     unfinished = checkpoint / f"{MANIFEST}.unfinished"
-    unfinished.write_text(json.dumps({"files": files}, indent=1))
+    unfinished.write_text(json.dumps({"sealed_at": time.time_ns(), "files": files}, indent=1))
     _sync(unfinished)
     os.replace(unfinished, checkpoint / MANIFEST)
     _sync(checkpoint)
@@ -58,13 +60,17 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The folders of all checkpoints in `folder`, newest first, good or not."""
-    found = {}
+    """The folders of all checkpoints in `folder`, good or not: by when they were sealed, latest first.
+
+    A run that went back to an earlier one counts from there: what it then saves is newer than later steps.
+    Those that were not finished come before all others, by their step.
+    """
+    found = []
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
         if path.is_dir() and step.isdecimal():
-            found[int(step)] = path
-    return [found[step] for step in sorted(found, reverse=True)]
+            found.append((_sealed_at(path), int(step), path))
+    return [path for *_, path in sorted(found, reverse=True)]
 
 
 def keep_newest(folder: Path, number: int, *, also: Path | None = None) -> None:
@@ -76,6 +82,13 @@ def keep_newest(folder: Path, number: int, *, also: Path | None = None) -> None:
         if (finished > number or not good) and checkpoint != also:
             unseal(checkpoint)  # first, so that no half of it looks whole
             shutil.rmtree(checkpoint)
+
+
+def _sealed_at(checkpoint: Path) -> float:
+    try:
+        return float(json.loads((checkpoint / MANIFEST).read_text())["sealed_at"])
+    except (OSError, ValueError, KeyError):
+        return math.inf
 
 
 def _files(checkpoint: Path) -> list[Path]:

@@ -50,7 +50,7 @@ def estimate(model: Any, args: InfiniTrainingArguments, *, length: int) -> Estim
     data_parallel = args.world_size // args.context_parallel_size
     tokens = rows * length * args.gradient_accumulation_steps * data_parallel
     operations = flops_per_token(model, length) * tokens / args.world_size
-    state = whole * 4 + trained * (4 + OPTIMIZER_BYTES.get(str(args.optim), 8))
+    state = whole * 4 + trained * (4 + OPTIMIZER_BYTES.get(str(getattr(args.optim, "value", args.optim)), 8))
     kept = _activations(model, args, rows, length // args.context_parallel_size)
     return Estimate(
         parameters=whole,

@@ -59,8 +59,31 @@ class CopyTaskRecipe:
 
 
 @dataclass
+class PasskeyRecipe:
+    """Prompts with pass keys, of whole segments. See `infini_attention.data.passkey`.
+
+    Attributes:
+        examples: How many there are.
+        least_segments: Of a batch.
+        most_segments: Of a batch; the number is drawn uniformly.
+        variants: paper, landmark, varied or numbers, each with its weight in the draw.
+        most_keys: Keys in a prompt, drawn uniformly from 1 up.
+        most_rewrites: Other values that the key asked for had before, drawn uniformly from 0 up.
+        prose: What stands around the keys of varied.
+    """
+
+    examples: int
+    least_segments: int = 2
+    most_segments: int = 16
+    variants: dict[str, float] = field(default_factory=lambda: {"paper": 1.0})
+    most_keys: int = 1
+    most_rewrites: int = 0
+    prose: Documents | None = None
+
+
+@dataclass
 class DataRecipe:
-    """What it is trained on: documents, or the copy task.
+    """What it is trained on: documents, the copy task, or pass keys.
 
     Attributes:
         documents: To train on.
@@ -71,6 +94,7 @@ class DataRecipe:
             with its own memory; else rows are windows of one document.
         shards: Folder for tokens, which are made once.
         copy_task: Instead of documents.
+        passkey: Instead of documents.
     """
 
     documents: Documents | None = None
@@ -80,6 +104,7 @@ class DataRecipe:
     pack: bool = False
     shards: Path = Path("out/tokens")
     copy_task: CopyTaskRecipe | None = None
+    passkey: PasskeyRecipe | None = None
 
 
 @dataclass
@@ -92,21 +117,46 @@ class Recipe:
 
     def __post_init__(self) -> None:
         model, data = self.model, self.data
-        if (data.documents is None) == (data.copy_task is None):
-            raise ValueError("data has both documents and copy_task, or neither; give one of them")
+        sources = {"documents": data.documents, "copy_task": data.copy_task, "passkey": data.passkey}
+        given = [name for name, source in sources.items() if source is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"data has {' and '.join(given) or 'no source'}; give one of {', '.join(sources)}"
+            )
         if model.base is None and not model.sizes:
             raise ValueError("model has neither base nor sizes; name a pre-trained model, or give sizes")
         if model.base is not None and model.sizes:
             raise ValueError(f"model.sizes are set, and model.base {model.base!r} has its own; leave one out")
-        if data.documents is not None and data.tokenizer is None and model.base is None:
+        if data.copy_task is None and data.tokenizer is None and model.base is None:
             raise ValueError("data.tokenizer is not set, and fresh weights have none; set it, say to bytes")
         if data.copy_task is not None and data.copy_task.keys != model.segment_length:
             raise ValueError(
                 f"data.copy_task.keys is {data.copy_task.keys}, model.segment_length {model.segment_length}; "
                 "the task's segments are as long as there are keys: set both alike"
             )
+        if data.passkey is not None and self.training.least_segments is not None:
+            raise ValueError(
+                f"training.least_segments is {self.training.least_segments}, which would cut answers off; "
+                "set data.passkey.least_segments instead"
+            )
+        if data.documents is None:
+            self._refuse_settings_of_documents()
+        if data.pack and self.training.least_segments is not None:
+            raise ValueError(
+                "data.pack and training.least_segments exclude each other: documents have lengths of their own; "
+                "leave one out"
+            )
         if data.pack and self.training.carry_memory:
             raise ValueError("data.pack and training.carry_memory exclude each other; leave one out")
+
+    def _refuse_settings_of_documents(self) -> None:
+        """Raise ValueError for what a task that makes its own rows would not use."""
+        names = ["validation", "length", "pack"] + ["tokenizer"] * (self.data.copy_task is not None)
+        given = [name for name in names if getattr(self.data, name) != getattr(DataRecipe(), name)]
+        if given:
+            raise ValueError(
+                f"data.{', data.'.join(given)} belong to documents, and there are none; leave them out"
+            )
 
 
 @dataclass

@@ -14,31 +14,32 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopAtSignal(TrainerCallback):
     """Saves and stops after the step in which any process was asked to end; a second time ends it at once.
 
-    `received` names the signal.
+    `received` names the signal that did; None where the training was at its end anyway.
     """
 
     def __init__(self, accelerator: Any) -> None:
         self.received: str | None = None
+        self._heard: str | None = None
         self._accelerator = accelerator
         self._before: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Listen, where Python lets signals be heard: in the main thread."""
-        self.received = None
+        self.received = self._heard = None
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save and stop, all processes after the same step."""
-        heard = torch.tensor(int(self.received is not None), device=self._accelerator.device)
+        heard = torch.tensor(int(self._heard is not None), device=self._accelerator.device)
         if self._accelerator.num_processes > 1:
             heard = self._accelerator.reduce(heard)
-        if heard:
-            self.received = self.received or signal.SIGTERM.name
+        if heard and state.global_step < state.max_steps:
+            self.received = self._heard or signal.SIGTERM.name
             control.should_save = control.should_training_stop = True
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+        self._heard = signal.Signals(number).name
         self.restore()
 
     def restore(self) -> None:

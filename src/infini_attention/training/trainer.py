@@ -1,9 +1,11 @@
 """InfiniTrainer: transformers' Trainer, with what a memory needs."""
 
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,13 @@ from infini_attention.training.warnings import MemoryWarnings
 
 logger = logging.getLogger(__name__)
 
+LAYOUT = "layout.json"  # in a checkpoint: how rows were dealt out
+LAYOUT_FIELDS = (
+    "world_size",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "context_parallel_size",
+)
 BATCH_COLUMNS = ("shift_labels", "starts_document")  # of ours, beside the arguments of a model's forward
 
 
@@ -49,11 +58,17 @@ class InfiniTrainer(Trainer):
         super().__init__(*arguments, **settings)
         if not isinstance(self.args, InfiniTrainingArguments):
             raise ValueError(f"args are {type(self.args).__name__}; give InfiniTrainingArguments")
+        if self.args.label_smoothing_factor or self.compute_loss_func is not None:
+            raise ValueError(
+                "label_smoothing_factor or compute_loss_func is set, and the loss is the model's, in chunks; "
+                "leave them out"
+            )
         self.model_accepts_loss_kwargs = True  # losses are sums over a whole step, accumulation included
         self.label_names, self.can_return_loss = [], True  # evaluate by labels or shift_labels alike
         self.observation: Observation | None = None
         self._logged: Observation | None = None
         self._observed_at = -1
+        self._rates: dict[str | None, float] = {}  # of the last step
         self._context = ContextShare.of(self.args)
         self._random = torch.Generator().manual_seed(self.args.seed + self._context.number)
         self._carried = CarriedMemory()
@@ -119,6 +134,11 @@ class InfiniTrainer(Trainer):
                     factor = _gates_factor(body, warmup, self.args.gate_warmup_steps)
                     scheduler.lr_lambdas[number] = factor
                     group["lr"] = scheduler.base_lrs[number] * factor(scheduler.last_epoch)
+        elif self.args.gate_warmup_steps:
+            raise ValueError(
+                f"gate_warmup_steps is {self.args.gate_warmup_steps}, and lr_scheduler_type "
+                f"{self.args.lr_scheduler_type} leaves no room for it; choose another, such as cosine"
+            )
         return scheduler
 
     def get_train_dataloader(self) -> DataLoader:
@@ -154,9 +174,12 @@ class InfiniTrainer(Trainer):
         if self.args.carry_memory:
             self._carried.keep(inputs[CACHE_ARGUMENT])
         self._throughput.count(inputs["input_ids"].shape)
+        self._rates = {group.get("name"): group["lr"] for group in self._groups}
         if self._observes():
             with self.compute_loss_context_manager():
-                self.observation = observe(self.model, observed)
+                seen = observe(self.model, observed)
+            targets = shifted(inputs.get("labels"), inputs.get("shift_labels"))
+            self.observation = self._everywhere(seen, int((targets != IGNORED).sum()))
         return loss
 
     def compute_loss(
@@ -187,21 +210,24 @@ class InfiniTrainer(Trainer):
     def _figures(self) -> dict[str, float]:
         shares = gate_logits(self.model).sigmoid()
         figures = {"gate_min": shares.min(), "gate_mean": shares.mean(), "gate_max": shares.max()}
-        optimizer: Any = self.optimizer
-        rates = {group.get("name"): group["lr"] for group in optimizer.param_groups}
         logs = {name: round(value.item(), 4) for name, value in figures.items()}
-        if "gates" in rates:
-            logs["gate_learning_rate"] = rates["gates"]
+        if "gates" in self._rates:
+            logs["gate_learning_rate"] = self._rates["gates"]
         if self.observation is not None and self.observation is not self._logged:
             self._logged = self.observation
-            logs |= self._everywhere(_observed(self.observation))
+            logs |= _observed(self.observation)
         return logs | self._throughput.figures()
 
-    def _everywhere(self, figures: dict[str, float]) -> dict[str, float]:
-        """Means over processes, which saw different tokens."""
-        mine = torch.tensor(list(figures.values()), device=self.args.device)
-        means = self.accelerator.reduce(mine, reduction="mean")
-        return dict(zip(figures, means.tolist(), strict=True))
+    def _everywhere(self, seen: Observation, tokens: int) -> Observation:
+        """The observation with losses of all processes' tokens; of which this one predicted so many."""
+        losses = torch.tensor([seen.loss, seen.loss_memory_off, 1.0], device=self.args.device)
+        sums = self.accelerator.reduce(losses * tokens if tokens else torch.zeros_like(losses)).tolist()
+        return replace(seen, loss=sums[0] / sums[2], loss_memory_off=sums[1] / sums[2]) if sums[2] else seen
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        optimizer: Any = self.optimizer
+        return [] if optimizer is None else optimizer.param_groups
 
     def _observes(self) -> bool:
         """Whether this step is one to be looked at: once, however many batches it has."""
@@ -215,6 +241,17 @@ class InfiniTrainer(Trainer):
         args, size = self.args, self._segment_length
         inputs = dict(inputs)
         rows, length = inputs["input_ids"].shape
+        documents = _documents(inputs)
+        if args.least_segments is not None and documents is not None:
+            raise ValueError(
+                f"least_segments is {args.least_segments}, and documents are packed, each as long as it is; "
+                "leave it out"
+            )
+        if args.carry_memory and args.repeat_ceiling > 1 and length % size:
+            raise ValueError(
+                f"inputs have {length} tokens, which are no whole segments of {size}: with a memory that is "
+                "carried on, repeat_ceiling needs whole ones; choose a multiple"
+            )
         if args.least_segments is not None:
             most = most_segments(
                 length // size, args.least_segments, args.curriculum_steps, self.state.global_step
@@ -222,7 +259,6 @@ class InfiniTrainer(Trainer):
             length = some_segments(most * size, size, args.least_segments, generator=self._random)
             inputs = {name: x[:, -length:] if _is_tokens(x) else x for name, x in inputs.items()}
         if args.repeat_ceiling > 1:
-            documents = _documents(inputs)
             counts = [length] * rows if documents is None else documents
             segments = max(math.ceil(count / size) for count in counts)
             weights = repeated_segments(len(counts), segments, args.repeat_ceiling, generator=self._random)
@@ -253,16 +289,21 @@ class InfiniTrainer(Trainer):
     def _where(self) -> str:
         """At which step, and what to go on from."""
         good, _ = newest_checkpoint(self._folder)
-        remedy = "there is no checkpoint to go on from; start" if good is None else f"go on from {good}"
+        remedy = (
+            "start anew" if good is None else f"start from the weights of {good}, the last good checkpoint,"
+        )
         return f"at step {self.state.global_step}; {remedy} with a lower learning rate"
 
     def _newest(self) -> Path:
         folder = self._folder
         good, wrong = newest_checkpoint(folder)
-        for reason in wrong:
-            logger.warning("%s; an earlier checkpoint is taken", reason)
         if good is None:
-            raise ValueError(f"{folder} holds no whole checkpoint; start without resume_from_checkpoint")
+            raise ValueError(
+                f"{folder} holds no whole checkpoint; start without resume_from_checkpoint"
+                + "".join(f" ({reason})" for reason in wrong)
+            )
+        for reason in wrong:
+            logger.warning("%s; %s is taken", reason, good)
         return good
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -277,8 +318,9 @@ class InfiniTrainer(Trainer):
         torch.save(self._own_state(), checkpoint / self._own_state_name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            (checkpoint / LAYOUT).write_text(json.dumps(self._layout()))
             seal(checkpoint)
-            if limit is not None:
+            if limit is not None and limit > 0:
                 best = self.state.best_model_checkpoint
                 keep_newest(folder, limit, also=None if best is None else Path(best))
         self.accelerator.wait_for_everyone()
@@ -287,10 +329,24 @@ class InfiniTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
+            self._check_layout(Path(checkpoint))
             path = Path(checkpoint) / self._own_state_name
-            state = torch.load(path, map_location=self.args.device, weights_only=True)
-            self._random.set_state(state["random"].cpu())
-            self._carried.load(state["carried"])
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self._random.set_state(state["random"])
+            self._carried.load(state["carried"], self.args.device)
+
+    def _check_layout(self, checkpoint: Path) -> None:
+        """Raise ValueError where rows would not go on as they were dealt out to processes and steps."""
+        saved = json.loads((checkpoint / LAYOUT).read_text())
+        for name, number in self._layout().items():
+            if number != saved[name]:
+                raise ValueError(
+                    f"{name} is {number}, and {checkpoint} was saved with {saved[name]}; go on with the "
+                    "same, or start anew from its weights"
+                )
+
+    def _layout(self) -> dict[str, int]:
+        return {name: getattr(self.args, name) for name in LAYOUT_FIELDS}
 
     @property
     def _own_state_name(self) -> str:
@@ -330,6 +386,7 @@ def _observed(observation: Observation) -> dict[str, float]:
         "memory_share": observation.share.mean().item(),
         "memory_norm": observation.memory_norm.mean().item(),
         "memory_saturation": observation.saturation.mean().item(),
+        "loss_memory_on": observation.loss,
         "loss_memory_off": observation.loss_memory_off,
         "memory_gain": observation.memory_gain,
     }
