@@ -242,3 +242,14 @@ def test_the_plays_are_split_by_play(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert splits == {"train": ["othello", "macbeth"], "validation": ["hamlet", "king-lear"]}
     with pytest.raises(ValueError, match="shakespeare has no split 'test'; choose one of train, validation"):
         list(open_documents(Documents("shakespeare", split="test")))
+
+
+def test_names_that_look_like_patterns_are_names(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    for name in ("c1", "c[1]"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    (tmp_path / "d [2].txt").write_text("d")
+    found = open_documents(Documents(f"{tmp_path}/c*.jsonl"))
+    assert sorted("".join(document.pieces) for document in found) == ["c1", "c[1]"]
+    (document,) = open_documents(Documents(f"{tmp_path}/d [2].txt"))
+    assert "".join(document.pieces) == "d"
