@@ -349,7 +349,7 @@ def test_a_recipe_trains_a_model_and_the_command_asks_it(
     assert json.loads(line) == json.loads((tmp_path / "figures.json").read_text())
     assert json.loads(line)["setting"]["depths"] == [0.0, 1.0]
     main(command)
-    assert "exact match in percent by depth" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "exact match by depth, %" in re.sub(r"\s+", " ", capsys.readouterr().out)
 
 
 def test_the_exact_match_after_training_is_of_whole_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def plot(report: PasskeyReport, path: Path) -> None:
 def _grid(report: PasskeyReport) -> Table:
     depths = report.setting.depths
     table = _table(
-        f"{_task(report)}: exact match in percent by depth",
+        f"{_task(report)}: exact match by depth, %",
         f"{report.setting.samples} prompts a cell\n",
     )
     for heading in ("tokens", *(f"{depth:.0%}" for depth in depths)):
@@ -62,7 +62,7 @@ def _grid(report: PasskeyReport) -> Table:
 
 
 def _summary(report: PasskeyReport) -> Table:
-    table = _table("all depths, percent with 95 % intervals", "\n".join(_remarks(report)))
+    table = _table("all depths: %, 95 % interval", "\n".join(_remarks(report)))
     for heading in ("tokens", "exact match", "token accuracy", "exact match,\nmemory reset"):
         table.add_column(heading, justify="right", no_wrap=True)
     for length in report.setting.lengths:

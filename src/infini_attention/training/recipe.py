@@ -143,7 +143,7 @@ class Recipe:
             self._refuse_settings_of_documents()
         if data.pack and self.training.least_segments is not None:
             raise ValueError(
-                "data.pack and training.least_segments exclude each other: documents have lengths of their own; "
+                "data.pack and training.least_segments exclude each other: documents have their own lengths; "
                 "leave one out"
             )
         if data.pack and self.training.carry_memory:
