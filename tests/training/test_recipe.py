@@ -12,8 +12,9 @@ import yaml
 
 from infini_attention.cli import main
 from infini_attention.training.estimate import _counting, _kept
+from infini_attention.training.models import make_model
 from infini_attention.training.recipe import read_recipe
-from infini_attention.training.run import make_model, train
+from infini_attention.training.run import train
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 COPY = next(path for path in RECIPES if path.stem == "copy-task")

@@ -1,0 +1,91 @@
+"""The data that a recipe describes: rows to train on, and others to measure by."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import (
+    DataCollatorWithFlattening,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
+
+from infini_attention.data.copy_task import CopyTask
+from infini_attention.data.passkey import PasskeyTask
+from infini_attention.data.shards import TokenStore, tokenized
+from infini_attention.data.tokenizers import open_tokenizer
+from infini_attention.data.windows import CarriedWindows, PackedDocuments, Windows
+from infini_attention.training.recipe import DataRecipe, PasskeyRecipe, Recipe
+
+HELD_OUT = 1000  # sequences of the copy task that recall is measured on
+HELD_OUT_PROMPTS = 128  # with pass keys, as long as the longest trained on,
+LONGER = 4  # and so many times longer
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a model is trained on, and the `figure` that its validation, or each part of it, is to give."""
+
+    train: Dataset
+    validation: Dataset | dict[str, Dataset] | None
+    figure: str
+    vocab_size: int
+    tokenizer: PreTrainedTokenizerBase | None
+    collator: Callable[..., Any] = default_data_collator
+
+
+def load_material(recipe: Recipe) -> Material:
+    """The data of a recipe; documents are tokenised once, by one process."""
+    data, args = recipe.data, recipe.training
+    if data.copy_task is not None:
+        task = CopyTask(**asdict(data.copy_task), seed=args.seed)
+        fresh = CopyTask(**asdict(replace(data.copy_task, examples=HELD_OUT)), seed=args.seed + 1)
+        return Material(task, fresh, "recall", task.vocab_size, None)
+    if data.passkey is not None:
+        return _passkeys(recipe, data.passkey)
+    assert data.documents is not None
+    tokenizer, held_out = tokenizer_of(recipe), None
+    with args.main_process_first(local=False, desc="tokenising"):
+        store = tokenized(data.documents, tokenizer, data.shards)
+        if data.validation is not None:
+            held_out = _single_rows(tokenized(data.validation, tokenizer, data.shards), data)
+    collator = DataCollatorWithFlattening() if data.pack else default_data_collator
+    rows = _rows(store, recipe)
+    return Material(rows, held_out, "validation_loss", len(tokenizer), tokenizer, collator)
+
+
+def tokenizer_of(recipe: Recipe) -> Any:
+    """The tokenizer that a recipe names, or that of its base."""
+    name = recipe.data.tokenizer or recipe.model.base
+    assert name is not None
+    return open_tokenizer(name)
+
+
+def _passkeys(recipe: Recipe, chosen: PasskeyRecipe) -> Material:
+    """Prompts to train on, and others: of the most segments that are trained on, and longer."""
+    args, tokenizer, prose = recipe.training, tokenizer_of(recipe), None
+    if chosen.prose is not None:
+        with args.main_process_first(local=False, desc="tokenising"):
+            prose = tokenized(chosen.prose, tokenizer, recipe.data.shards)
+    settings = vars(chosen) | {"prose": prose, "segment_length": recipe.model.segment_length}
+    task = PasskeyTask(tokenizer, **settings, seed=args.seed)
+    held_out: dict[str, Dataset] = {}
+    for most in (chosen.most_segments, LONGER * chosen.most_segments):
+        longest = {"examples": HELD_OUT_PROMPTS, "least_segments": most, "most_segments": most}
+        held_out[f"{most}_segments"] = PasskeyTask(tokenizer, **settings | longest, seed=args.seed + 1)
+    return Material(task, held_out, "exact_match", len(tokenizer), tokenizer)
+
+
+def _rows(store: TokenStore, recipe: Recipe) -> Dataset:
+    """The store's documents as a training's rows."""
+    args = recipe.training
+    if args.carry_memory:
+        rows = args.per_device_train_batch_size * args.world_size
+        return CarriedWindows(store, recipe.data.length, rows, seed=args.seed)
+    return _single_rows(store, recipe.data)
+
+
+def _single_rows(store: TokenStore, data: DataRecipe) -> Dataset:
+    """Rows that know nothing of each other."""
+    return PackedDocuments(store, data.length) if data.pack else Windows(store, data.length)

@@ -1,0 +1,83 @@
+"""The model that a recipe describes."""
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from infini_attention.layers import MemoryGate
+from infini_attention.models import FAMILIES, load_model, retrofit
+from infini_attention.models.config import InfiniConfigMixin
+from infini_attention.models.memory_off import SHUT
+from infini_attention.training.recipe import ModelRecipe
+
+
+def make_model(recipe: ModelRecipe, vocab_size: int) -> Any:
+    """The model, in fp32: fresh, retrofitted, or as it is where it has memories; raises ValueError."""
+    settings: dict[str, Any] = {
+        "segment_length": recipe.segment_length,
+        "update_rule": recipe.update_rule,
+        "feature_map": recipe.feature_map,
+        "empty_memory": recipe.empty_memory,
+    }
+    if recipe.base is None:
+        gate_init = 0.0 if recipe.gate_init is None else recipe.gate_init
+        model = _fresh(recipe, vocab_size, settings | {"gate_init": gate_init})
+    else:
+        model = load_model(recipe.base, dtype=torch.float32)
+        if isinstance(model.config, InfiniConfigMixin):
+            _refuse_memory_settings(recipe)
+        else:
+            gate_init = -4.0 if recipe.gate_init is None else recipe.gate_init
+            model = retrofit(model, layers=recipe.layers, gate_init=gate_init, **settings)
+    if model.config.vocab_size < vocab_size:
+        raise ValueError(
+            f"the data has {vocab_size} tokens and model.base {recipe.base} knows {model.config.vocab_size}; "
+            "use the base's tokenizer"
+        )
+    if not recipe.memory:
+        _shut_for_good(model)
+    return model
+
+
+def _refuse_memory_settings(recipe: ModelRecipe) -> None:
+    """Raise ValueError for settings of a memory that a base with memories has already."""
+    names = ("segment_length", "update_rule", "feature_map", "empty_memory", "layers", "gate_init")
+    given = [name for name in names if getattr(recipe, name) != getattr(ModelRecipe(), name)]
+    if given:
+        raise ValueError(
+            f"model.base {recipe.base} has memories already, and model.{', model.'.join(given)} would change "
+            "them; leave these out"
+        )
+
+
+def _fresh(recipe: ModelRecipe, vocab_size: int, settings: dict[str, Any]) -> Any:
+    families = {
+        base.__name__.removesuffix("ForCausalLM").lower(): family for base, family in FAMILIES.items()
+    }
+    if recipe.family not in families:
+        raise ValueError(f"model.family is {recipe.family!r}; choose one of {', '.join(families)}")
+    family = families[recipe.family]
+    not_here = {field.name for field in fields(InfiniConfigMixin)} | {"vocab_size"}  # set by other means
+    known = {field.name for field in fields(family.config_class)} - not_here
+    strangers = sorted(set(recipe.sizes) - known)
+    if strangers:
+        raise ValueError(
+            f"model.sizes has {', '.join(strangers)}, which are no sizes of {family.config_class.__name__}; "
+            "see its fields, such as hidden_size, intermediate_size, num_hidden_layers, num_attention_heads"
+        )
+    sizes: dict[str, Any] = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": None}
+    if "num_attention_heads" in recipe.sizes:  # a head has its own keys and values unless sizes say otherwise
+        sizes["num_key_value_heads"] = recipe.sizes["num_attention_heads"]
+    try:
+        config = family.config_class(**sizes | recipe.sizes, **settings, infini_layers=recipe.layers)
+    except StrictDataclassError as error:
+        raise ValueError(f"model.sizes make no {recipe.family}: {error}") from error
+    return family(config)
+
+
+def _shut_for_good(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, MemoryGate):
+            module.logits.requires_grad_(False).fill_(SHUT)
