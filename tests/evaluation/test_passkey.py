@@ -24,7 +24,8 @@ from infini_attention.evaluation.passkey_report import plot, tables
 from infini_attention.models import FAMILIES
 from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.ops import MemoryState
-from infini_attention.training import run
+from infini_attention.training import figures as training_figures
+from infini_attention.training import material
 
 SEGMENT = 128
 LENGTH = 5 * SEGMENT - 1  # the question and the sentence before it end in one segment
@@ -324,7 +325,7 @@ def test_a_recipe_trains_a_model_and_the_command_asks_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("accelerate", reason="needs accelerate: pip install 'infini-attention[train]'")
-    monkeypatch.setattr(run, "HELD_OUT_PROMPTS", 3)
+    monkeypatch.setattr(material, "HELD_OUT_PROMPTS", 3)
     recipe = {
         "model": {"sizes": SIZES, "segment_length": 64},
         "data": {"tokenizer": "bytes", "passkey": {"examples": 8, "least_segments": 4, "most_segments": 5}},
@@ -367,7 +368,7 @@ def test_the_exact_match_after_training_is_of_whole_answers(monkeypatch: pytest.
         accelerator=SimpleNamespace(reduce=lambda counts: counts),
         args=SimpleNamespace(device="cpu"),
     )
-    assert run._exact_match(trainer, None) == pytest.approx(2 / 3)
+    assert training_figures._exact_match(trainer, None) == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(
