@@ -25,8 +25,8 @@ from infini_attention.models.observe import Observation, gate_logits
 
 FIGURES = {  # of the trainer's log, in the order in which they are shown: name and format
     "loss": ("loss", "{:.4f}"),
-    "loss_memory_on": ("some tokens' loss with memory", "{:.4f}"),
-    "loss_memory_off": ("and without memory", "{:.4f}"),
+    "loss_memory_on": ("loss with memory", "{:.4f}"),
+    "loss_memory_off": ("loss without memory", "{:.4f}"),
     "memory_gain": ("memory's gain", "{:+.4f}"),
     "learning_rate": ("learning rate", "{:.2e}"),
     "gate_learning_rate": ("gates' learning rate", "{:.2e}"),
