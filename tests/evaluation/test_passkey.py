@@ -358,12 +358,13 @@ def test_the_exact_match_after_training_is_of_whole_answers(monkeypatch: pytest.
     wanted[:, 2:4] = torch.tensor([[1, 2], [1, 2], [3, 4]])
     said = torch.nn.functional.one_hot(wanted.clamp(min=0), 8).float()
     said[1, 3] = said[1, 0]  # one of the second's two tokens is wrong
+
+    class Model(torch.nn.Module):
+        def forward(self, logits_to_keep: torch.Tensor, **_: Any) -> SimpleNamespace:
+            return SimpleNamespace(logits=said[:, logits_to_keep])
+
     trainer: Any = SimpleNamespace(
-        model=SimpleNamespace(
-            eval=lambda: None,
-            base_model=lambda **_: SimpleNamespace(last_hidden_state=said),
-            logits_of=lambda hidden: hidden,
-        ),
+        model=Model(),
         get_eval_dataloader=lambda part: [{"input_ids": wanted, "shift_labels": wanted}],
         accelerator=SimpleNamespace(reduce=lambda counts: counts),
         args=SimpleNamespace(device="cpu"),

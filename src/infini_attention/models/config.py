@@ -6,6 +6,7 @@ from typing import Any
 
 from infini_attention.ops import feature_maps
 from infini_attention.ops.infini import EMPTY_MEMORY, UPDATE_RULES
+from infini_attention.ops.options import check_choice
 
 
 @dataclass(kw_only=True)
@@ -45,9 +46,9 @@ class InfiniConfigMixin:
         """Raise ValueError for fields that cannot be right."""
         if self.segment_length < 1:
             raise ValueError(f"segment_length is {self.segment_length}; give a whole number of at least 1")
-        _check_choice("update_rule", self.update_rule, UPDATE_RULES)
-        _check_choice("empty_memory", self.empty_memory, EMPTY_MEMORY)
-        _check_choice("feature_map", self.feature_map, feature_maps.names())
+        check_choice("update_rule", self.update_rule, UPDATE_RULES)
+        check_choice("empty_memory", self.empty_memory, EMPTY_MEMORY)
+        check_choice("feature_map", self.feature_map, feature_maps.names())
         if self.update_rule == "delta" and not feature_maps.get(self.feature_map).nonnegative:
             raise ValueError(
                 f"feature_map {self.feature_map!r} can be negative, and the delta rule diverges with it; "
@@ -114,8 +115,3 @@ class InfiniConfigMixin:
 def head_dim_of(config: Any) -> int:
     """Width of a head; some families' configs do not name it."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _check_choice(field: str, value: str, known: tuple[str, ...] | list[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{field} is {value!r}; choose one of {', '.join(map(repr, known))}")

@@ -1,6 +1,7 @@
 """The language-modelling loss in chunks, so that (length x vocabulary) logits never exist at once."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +20,11 @@ def shifted(labels: Tensor | None, shift_labels: Tensor | None = None) -> Tensor
     if labels is None:
         raise ValueError("loss_chunk is set and there are no labels; give labels, or leave it out")
     return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def predicted(inputs: dict[str, Any]) -> Tensor:
+    """How many tokens a batch with `labels` or `shift_labels` predicts, 0-dim int64."""
+    return (shifted(inputs.get("labels"), inputs.get("shift_labels")) != IGNORED).sum()
 
 
 def chunked_loss(

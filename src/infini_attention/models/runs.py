@@ -54,7 +54,7 @@ def in_runs(
     _check(model, position_ids, padding_mask, kwargs, checkpoint_segments, detach_every)
     run_segments = checkpoint_segments or detach_every
     assert run_segments is not None
-    used = _used(carried, model.config, padding_mask, segment_weights)
+    used = _used(model._open_lengths(carried), padding_mask, segment_weights)
 
     def forward(
         tokens: Tensor, before: InfiniCache, weights: Tensor | None, mask: Tensor | None
@@ -119,12 +119,9 @@ def _check(
         )
 
 
-def _used(
-    cache: InfiniCache, config: Any, padding_mask: Tensor | None, segment_weights: Tensor | None
-) -> int:
+def _used(open_lengths: Tensor | None, padding_mask: Tensor | None, segment_weights: Tensor | None) -> int:
     """Tokens of the open segment, so that runs end where segments do; 0 where rows differ."""
-    state = cache.layers[config.infini_layers[0]].state
-    used = [0] if state is None else state.open_length.tolist()
+    used = [0] if open_lengths is None else open_lengths.tolist()
     alike = len(set(used)) == 1 and padding_mask is None
     if segment_weights is not None and not alike:
         raise ValueError(

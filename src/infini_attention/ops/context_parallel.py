@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from infini_attention.ops import feature_maps
 from infini_attention.ops.infini import UPDATE_RULES
-from infini_attention.ops.options import autocast_type
+from infini_attention.ops.options import autocast_type, check_choice
 from infini_attention.ops.state import MemoryState, denominator
 
 
@@ -39,7 +39,7 @@ def incoming_state(
     feature_map: str = "elu1",
     segment_weights: Tensor | None = None,
     state: MemoryState | None = None,
-    group: dist.ProcessGroup,
+    group: "dist.ProcessGroup",
 ) -> MemoryState:
     """The state that this rank's first token meets: what `infini_attention` takes as `state` for its run.
 
@@ -66,20 +66,9 @@ def incoming_state(
         ValueError: an unknown update rule or feature map; a state on another rank than the first, or of
             another kind than the inputs need; a run that ends inside a segment before the last rank.
     """
-    if update_rule not in UPDATE_RULES:
-        names = ", ".join(map(repr, UPDATE_RULES))
-        raise ValueError(f"update_rule is {update_rule!r}; choose one of {names}")
+    check_choice("update_rule", update_rule, UPDATE_RULES)
     sigma, rank = feature_maps.get(feature_map), dist.get_rank(group)
-    start = MemoryState.empty(
-        key.shape[0],
-        key.shape[1],
-        key.shape[-1],
-        value.shape[-1],
-        segment_length=segment_length,
-        feature_map=feature_map,
-        dtype=value.dtype,
-        device=value.device,
-    )
+    start = MemoryState.before(key, value, segment_length=segment_length, feature_map=feature_map)
     if state is not None:
         _check_state(state, start, rank)
         start = state
@@ -99,7 +88,7 @@ def incoming_state(
     return replace(start, memory=memory, normalizer=normalizer, length=length)
 
 
-def check_division(length: int, rows: int, *, segment_length: int, group: dist.ProcessGroup) -> None:
+def check_division(length: int, rows: int, *, segment_length: int, group: "dist.ProcessGroup") -> None:
     """Refuse runs that `incoming_state` cannot join; collective, once before a forward pass.
 
     `length` and `rows` are this rank's tokens and sequences. Raises the same ValueError on every rank where
@@ -161,7 +150,7 @@ def _check_whole(lengths: Sequence[int], segment_length: int) -> None:
             )
 
 
-def _length_before(start: MemoryState, key: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _length_before(start: MemoryState, key: Tensor, group: "dist.ProcessGroup") -> Tensor:
     """Each row's tokens before this rank's, (batch,) int64 on the CPU."""
     tokens = torch.full_like(start.length, key.shape[2])
     gathered = _all_gather(torch.stack([start.length, tokens]).to(key.device), group).cpu()
@@ -182,7 +171,7 @@ def _whole_segments(x: Tensor, segment_length: int) -> Tensor:
 
 
 def _linear(
-    memory_sums: Tensor, normalizer_sums: Tensor, start: MemoryState, group: dist.ProcessGroup
+    memory_sums: Tensor, normalizer_sums: Tensor, start: MemoryState, group: "dist.ProcessGroup"
 ) -> tuple[Tensor, Tensor]:
     """M and z before this rank's run, by one all-gather of both."""
     carried = torch.cat([start.memory, start.normalizer[..., None]], dim=-1)
@@ -192,7 +181,7 @@ def _linear(
 
 
 def _delta(
-    keys: Tensor, memory_sums: Tensor, normalizer_sums: Tensor, start: MemoryState, group: dist.ProcessGroup
+    keys: Tensor, memory_sums: Tensor, normalizer_sums: Tensor, start: MemoryState, group: "dist.ProcessGroup"
 ) -> tuple[Tensor, Tensor]:
     """M and z before this rank's run; `keys` are features, (batch, kv_heads, segments, N, feature_dim)."""
     normalizer = _sum_before(start.normalizer, normalizer_sums.sum(dim=2), group)
@@ -215,7 +204,7 @@ def _delta(
     return memory, normalizer
 
 
-def _sum_before(carried: Tensor, own: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _sum_before(carried: Tensor, own: Tensor, group: "dist.ProcessGroup") -> Tensor:
     """The sum of what the first rank has `carried` and the `own` of the ranks before this one.
 
     Nothing is subtracted from a prefix. The first rank sums over none, which keeps it in the graph.
@@ -223,7 +212,7 @@ def _sum_before(carried: Tensor, own: Tensor, group: dist.ProcessGroup) -> Tenso
     return carried + _gather(carried + own, group)[: dist.get_rank(group)].sum(dim=0)
 
 
-def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _gather(x: Tensor, group: "dist.ProcessGroup") -> Tensor:
     """Every rank's `x`, (ranks, ...); `x` is changed in place to require gradients where they are on."""
     if torch.is_grad_enabled():
         x.requires_grad_()  # its backward is collective: every rank takes part, whatever its inputs need
@@ -235,7 +224,7 @@ class _Gather(torch.autograd.Function):
     """All-gather; backward gives each rank the sum of what all ranks ask of its tensor."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: "dist.ProcessGroup") -> Tensor:
         ctx.group = group
         return _all_gather(x, group)
 
@@ -247,7 +236,7 @@ class _Gather(torch.autograd.Function):
         return own, None
 
 
-def _all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _all_gather(x: Tensor, group: "dist.ProcessGroup") -> Tensor:
     gathered = x.new_empty(dist.get_world_size(group), *x.shape)
     dist.all_gather(list(gathered), x.contiguous(), group=group)
     return gathered

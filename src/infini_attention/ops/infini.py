@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infini_attention.ops import feature_maps
 from infini_attention.ops.layout import Layout, plan
-from infini_attention.ops.options import Inputs, Options, autocast_type
+from infini_attention.ops.options import Inputs, Options, autocast_type, check_choice
 from infini_attention.ops.parallel import parallel
 from infini_attention.ops.reference import reference
 from infini_attention.ops.state import MemoryState, state_dtype
@@ -92,15 +92,8 @@ def infini_attention(
     rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     open_lengths = [0] * rows
     if state is None:
-        state = MemoryState.empty(
-            rows,
-            key.shape[1],
-            key.shape[-1],
-            value.shape[-1],
-            segment_length=segment_length,
-            feature_map=feature_map,
-            dtype=value.dtype,
-            device=value.device,
+        state = MemoryState.before(
+            key, value, segment_length=segment_length, feature_map=feature_map, rows=rows
         )
     else:
         _check_state(state, rows, key, value, sigma, segment_length)
@@ -152,7 +145,7 @@ def choose_backend(
 
 
 def _backend(name: str, query: Tensor, value: Tensor) -> Backend:
-    _check_choice("backend", name, ("auto", *BACKENDS))
+    check_choice("backend", name, ("auto", *BACKENDS))
     head_dim = max(query.shape[-1], value.shape[-1])
     reason = obstacle(query.device, query.dtype, head_dim) if name in ("auto", "triton") else None
     if name == "triton" and reason is not None:
@@ -177,14 +170,9 @@ def _triton(
     return fused(inputs, layout, state, options)
 
 
-def _check_choice(argument: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{argument} is {value!r}; choose one of {', '.join(map(repr, known))}")
-
-
 def _check_names(update_rule: str, sigma: feature_maps.FeatureMap, empty_memory: str) -> None:
-    _check_choice("update_rule", update_rule, UPDATE_RULES)
-    _check_choice("empty_memory", empty_memory, EMPTY_MEMORY)
+    check_choice("update_rule", update_rule, UPDATE_RULES)
+    check_choice("empty_memory", empty_memory, EMPTY_MEMORY)
     if update_rule == "delta" and not sigma.nonnegative:
         raise ValueError(
             f"feature_map {sigma.name!r} can be negative, and the delta rule diverges with it; "

@@ -1,6 +1,6 @@
 """What a backend is given: checked tensors and checked settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,12 @@ class Inputs:
         tensors += [state.memory, state.normalizer, state.pending_memory, state.pending_normalizer]
         tensors += [state.local_key, state.local_value]
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise ValueError where the setting called `name` is none of those that are known."""
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, known))}")
 
 
 def autocast_type(device: torch.device) -> str:

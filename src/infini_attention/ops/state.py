@@ -100,6 +100,25 @@ class MemoryState:
         )
 
     @classmethod
+    def before(
+        cls, key: Tensor, value: Tensor, *, segment_length: int, feature_map: str, rows: int | None = None
+    ) -> "MemoryState":
+        """The state before the first of these keys and values, (batch, kv_heads, length, dim).
+
+        `rows` are the documents of a packed batch; default the batch's own rows.
+        """
+        return cls.empty(
+            key.shape[0] if rows is None else rows,
+            key.shape[1],
+            key.shape[-1],
+            value.shape[-1],
+            segment_length=segment_length,
+            feature_map=feature_map,
+            dtype=value.dtype,
+            device=value.device,
+        )
+
+    @classmethod
     def cat(cls, states: Sequence["MemoryState"]) -> "MemoryState":
         """The rows of all `states`, in order; ValueError if their segment lengths differ."""
         lengths = sorted({state.segment_length for state in states})

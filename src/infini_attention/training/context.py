@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from infini_attention.models.loss import shifted
 from infini_attention.ops.context_parallel import segment_split
+from infini_attention.training.segments import cut
 
 
 class ContextShare:
@@ -47,12 +47,8 @@ class ContextShare:
         run = segment_split(length, segment_length=segment_length, ranks=self.size)[self.rank]
         labels, weights = inputs.pop("labels", None), inputs.pop("segment_weights", None)
         inputs["shift_labels"] = shifted(labels, inputs.pop("shift_labels", None))
-        mine = {name: x[:, run] if _is_tokens(x, length) else x for name, x in inputs.items()}
+        mine = cut(inputs, run)
         if weights is not None:
             columns = slice(run.start // segment_length, -(-run.stop // segment_length))
             mine["segment_weights"] = weights[:, columns]
         return mine | {"context_group": self._group}
-
-
-def _is_tokens(x: Any, length: int) -> bool:
-    return isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == length

@@ -1,14 +1,18 @@
 """What a trained model comes to, with its memory and without."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from infini_attention.models import memory_off
-from infini_attention.models.loss import IGNORED, shifted
+from infini_attention.models.loss import IGNORED, predicted
 from infini_attention.models.observe import gate_logits
 from infini_attention.training.material import Material
 from infini_attention.training.trainer import InfiniTrainer
+
+Batch = dict[str, Any]
 
 
 def measured(trainer: InfiniTrainer, material: Material) -> dict[str, float]:
@@ -28,48 +32,58 @@ def measured(trainer: InfiniTrainer, material: Material) -> dict[str, float]:
     return {name: round(figure, 4) for name, figure in figures.items()}
 
 
-@torch.no_grad()
 def _recall(trainer: InfiniTrainer, part: str | None) -> float:
     """The part of the copy task's questions that the model answers right."""
-    model: Any = trainer.model
-    model.eval()
-    counts = torch.zeros(2)
-    for batch in trainer.get_eval_dataloader(part):
-        wanted = batch["shift_labels"]
-        answers = model(input_ids=batch["input_ids"], use_cache=False).logits.argmax(dim=-1)
-        asked = wanted != IGNORED
-        counts += torch.stack([(answers[asked] == wanted[asked]).sum(), asked.sum()]).cpu()
-    right, asked_for = trainer.accelerator.reduce(counts.to(trainer.args.device)).tolist()
-    return float(right / asked_for)
+
+    def count(batch: Batch) -> tuple[Tensor, Tensor]:
+        right, asked = _answers(trainer, batch)
+        return right.sum(), asked.sum()
+
+    return _ratio(trainer, part, count)
 
 
-@torch.no_grad()
 def _exact_match(trainer: InfiniTrainer, part: str | None) -> float:
     """The part of the prompts whose whole answer is what the model finds likeliest."""
-    model: Any = trainer.model
-    model.eval()
-    counts = torch.zeros(2)
-    for batch in trainer.get_eval_dataloader(part):
-        wanted = batch["shift_labels"]
-        asked = wanted != IGNORED
-        hidden = model.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
-        answers = torch.full_like(wanted, IGNORED)
-        answers[asked] = model.logits_of(hidden[asked]).argmax(dim=-1)
-        right = (answers == wanted).all(dim=1)
-        counts += torch.tensor([right.sum().item(), len(right)])
-    exact, prompts = trainer.accelerator.reduce(counts.to(trainer.args.device)).tolist()
-    return float(exact / prompts)
+
+    def count(batch: Batch) -> tuple[Tensor, Tensor]:
+        right, asked = _answers(trainer, batch)
+        whole = (right == asked).all(dim=1)
+        return whole.sum(), torch.ones_like(whole).sum()
+
+    return _ratio(trainer, part, count)
+
+
+def _loss(trainer: InfiniTrainer, part: str | None) -> float:
+    """Mean cross entropy in nats a token of the validation's windows, each read by itself."""
+
+    def count(batch: Batch) -> tuple[Tensor, Tensor]:
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=1)
+        return loss / trainer.accelerator.num_processes, predicted(batch)
+
+    return _ratio(trainer, part, count)
 
 
 @torch.no_grad()
-def _loss(trainer: InfiniTrainer, part: str | None) -> float:
-    """Mean cross entropy in nats a token of the validation's windows, each read by itself."""
+def _ratio(
+    trainer: InfiniTrainer, part: str | None, count: Callable[[Batch], tuple[Tensor, Tensor]]
+) -> float:
+    """The sum of what `count` gives first over that of what it gives second, for all processes' batches."""
     model: Any = trainer.model
     model.eval()
     sums = torch.zeros(2)
     for batch in trainer.get_eval_dataloader(part):
-        loss = trainer.compute_loss(model, batch, num_items_in_batch=1) / trainer.accelerator.num_processes
-        targets = shifted(batch.get("labels"), batch.get("shift_labels"))
-        sums += torch.stack([loss, (targets != IGNORED).sum()]).cpu()
-    total, tokens = trainer.accelerator.reduce(sums.to(trainer.args.device)).tolist()
-    return float(total / tokens)
+        sums += torch.stack(count(batch)).cpu()
+    above, below = trainer.accelerator.reduce(sums.to(trainer.args.device)).tolist()
+    return float(above / below)
+
+
+def _answers(trainer: InfiniTrainer, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Where the model is right and where it is asked, each (rows, length) bool."""
+    model: Any = trainer.model
+    wanted = batch["shift_labels"]
+    asked = wanted != IGNORED
+    columns = asked.any(dim=0).nonzero().squeeze(1)  # all others go without logits
+    logits = model(input_ids=batch["input_ids"], use_cache=False, logits_to_keep=columns).logits
+    right = torch.zeros_like(asked)
+    right[:, columns] = logits.argmax(dim=-1) == wanted[:, columns]
+    return right & asked, asked

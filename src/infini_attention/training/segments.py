@@ -1,6 +1,7 @@
 """What is drawn at random about segments: how many there are, and how often each one counts."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,3 +39,13 @@ def most_segments(segments: int, least: int, curriculum_steps: int, step: int) -
     if not curriculum_steps:
         return segments
     return least + int((segments - least) * min(1.0, step / curriculum_steps))
+
+
+def cut(inputs: dict[str, Any], span: slice) -> dict[str, Any]:
+    """A batch whose tensors of tokens, (rows, length), hold those of `span`; what else it holds stays."""
+    length = inputs["input_ids"].shape[1]
+
+    def is_tokens(x: Any) -> bool:
+        return isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == length
+
+    return {name: x[:, span] if is_tokens(x) else x for name, x in inputs.items()}

@@ -18,14 +18,15 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from infini_attention.models.compat import CACHE_ARGUMENT
-from infini_attention.models.loss import IGNORED, shifted
+from infini_attention.models.inputs import packed_documents
+from infini_attention.models.loss import predicted
 from infini_attention.models.observe import Observation, gate_logits, observe
 from infini_attention.training.arguments import InfiniTrainingArguments
 from infini_attention.training.carrying import CarriedMemory
 from infini_attention.training.checkpoints import damage, keep_newest, newest_checkpoint, seal, unseal
 from infini_attention.training.context import ContextShare
 from infini_attention.training.parameters import parameter_groups
-from infini_attention.training.segments import most_segments, repeated_segments, some_segments
+from infini_attention.training.segments import cut, most_segments, repeated_segments, some_segments
 from infini_attention.training.signals import StopAtSignal
 from infini_attention.training.throughput import Throughput
 from infini_attention.training.warnings import MemoryWarnings
@@ -153,10 +154,7 @@ class InfiniTrainer(Trainer):
         if not batches:
             return batches, None
         batches = [self._drawn(batch) for batch in batches]
-        counts = [
-            (shifted(batch.get("labels"), batch.get("shift_labels")) != IGNORED).sum() for batch in batches
-        ]
-        count = torch.stack(counts).sum().to(device)
+        count = torch.stack([predicted(batch) for batch in batches]).sum().to(device)
         return batches, self.accelerator.reduce(count) // self.args.context_parallel_size
 
     def training_step(
@@ -178,8 +176,7 @@ class InfiniTrainer(Trainer):
         if self._observes():
             with self.compute_loss_context_manager():
                 seen = observe(self.model, observed)
-            targets = shifted(inputs.get("labels"), inputs.get("shift_labels"))
-            self.observation = self._everywhere(seen, int((targets != IGNORED).sum()))
+            self.observation = self._everywhere(seen, int(predicted(inputs)))
         return loss
 
     def compute_loss(
@@ -257,7 +254,7 @@ class InfiniTrainer(Trainer):
                 length // size, args.least_segments, args.curriculum_steps, self.state.global_step
             )
             length = some_segments(most * size, size, args.least_segments, generator=self._random)
-            inputs = {name: x[:, -length:] if _is_tokens(x) else x for name, x in inputs.items()}
+            inputs = cut(inputs, slice(-length, None))
         if args.repeat_ceiling > 1:
             counts = [length] * rows if documents is None else documents
             segments = max(math.ceil(count / size) for count in counts)
@@ -392,18 +389,16 @@ def _observed(observation: Observation) -> dict[str, float]:
     }
 
 
-def _is_tokens(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.dim() > 1
-
-
 def _documents(inputs: dict[str, Any]) -> list[int] | None:
     """Lengths of the documents that are packed into this batch; None where rows are what they seem."""
-    positions = inputs.get("position_ids")
-    if positions is None or len(positions) != 1:
-        return None
-    starts = (positions[0] == 0).nonzero().squeeze(1).tolist()
-    ends = [*starts[1:], positions.shape[1]]
-    return [end - start for start, end in zip(starts, ends, strict=True)] if len(starts) > 1 else None
+    mask = inputs.get("attention_mask")
+    bounds = packed_documents(
+        inputs.get("position_ids"),
+        cu_seqlens=inputs.get("cu_seq_lens_q"),
+        padding_mask=None if mask is None else mask != 0,
+        can_pack=len(inputs["input_ids"]) == 1,
+    )
+    return None if bounds is None else bounds.diff().tolist()
 
 
 def _gates_factor(body: Callable[[int], float], warmup: int, own: int) -> Callable[[int], float]:
