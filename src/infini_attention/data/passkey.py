@@ -252,18 +252,21 @@ class PasskeyPrompts:
         random = np.random.default_rng((self.seed, index))
         asked, *names = [f" of {name}" for name in random.permutation(NAMES)[:keys]] if keys > 1 else [""]
         answer, *values = map(int, self._values(random, rewrites + keys))
-        sentences = [
-            self._told(name, value) for name, value in zip([asked] * rewrites + names, values, strict=True)
-        ]
-        placed = list(zip(map(float, random.random(len(sentences))), sentences, strict=True))
-        question, answer_piece = self._asked(asked, answer)
+        told = [(asked, answer), *zip([asked] * rewrites + names, values, strict=True)]
+        texts = [self._told(name, value) for name, value in told]
+        question_text = f"{self.variant.joint}What is the pass key{asked}? The pass key{asked} is"
+        pieces = self._pieces([*texts, question_text, f" {answer}"], [KEY] * len(told) + [QUESTION] * 2)
+        *sentences, question, number = pieces
+        places = map(float, random.random(len(values)))
+        placed = list(zip(places, sentences[1:], strict=True))
+        question, number = _moved(question, number)
         return Draft(
             heading=self._heading,
-            told=self._told(asked, answer),
+            told=sentences[0],
             earlier=placed[:rewrites],
             others=placed[rewrites:],
             question=question,
-            answer=answer_piece,
+            answer=number,
             source=self._source,
             offset=float(random.random()) if self.variant.shifts else 0.0,
         )
@@ -273,19 +276,9 @@ class PasskeyPrompts:
         smallest, largest = self.variant.smallest, self.variant.largest
         return smallest + random.choice(largest + 1 - smallest, count, replace=False)
 
-    def _told(self, name: str, value: int) -> Piece:
+    def _told(self, name: str, value: int) -> str:
         sentence = f"The pass key{name} is {value}. Remember it. {value} is the pass key{name}."
-        return self._piece(self.variant.joint + sentence + self.variant.ending, KEY)
-
-    def _asked(self, name: str, value: int) -> tuple[Piece, Piece]:
-        """Question and answer; a space that is a token by itself belongs to the question."""
-        question = self._piece(
-            f"{self.variant.joint}What is the pass key{name}? The pass key{name} is", QUESTION
-        )
-        answer = self._piece(f" {value}", QUESTION)
-        first = int(np.argmax(answer.kinds == DIGITS))
-        asked = np.concatenate([question.ids, answer.ids[:first]])
-        return _alike(asked, QUESTION), _alike(answer.ids[first:], ANSWER)
+        return self.variant.joint + sentence + self.variant.ending
 
     def _filler(self) -> np.ndarray:
         """The ids that stand around the pieces, once."""
@@ -300,12 +293,13 @@ class PasskeyPrompts:
         return self._piece(text, BACKGROUND).ids
 
     def _piece(self, text: str, kind: int) -> Piece:
-        """A text's tokens; those with a digit in them are `DIGITS`."""
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        starts, stops = np.array(encoded["offset_mapping"]).T
-        digits_before = np.cumsum([0, *map(str.isdigit, text)])
-        has_digits = digits_before[stops] > digits_before[starts]
-        return Piece(np.array(encoded["input_ids"]), np.where(has_digits, DIGITS, kind).astype(np.int8))
+        return self._pieces([text], [kind])[0]
+
+    def _pieces(self, texts: Sequence[str], kinds: Sequence[int]) -> list[Piece]:
+        """The tokens of each text, together in one call; those with a digit in them are `DIGITS`."""
+        encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        of_texts = zip(texts, kinds, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [_piece(*of_text) for of_text in of_texts]
 
 
 class PasskeyTask(Dataset[dict[str, Tensor]]):
@@ -411,6 +405,20 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
 def _room(draft: Draft, length: int) -> int:
     """Background tokens of a row of `length` tokens that ends with the answer, but for its last token."""
     return length - draft.shortest - (len(draft.answer) - 1)
+
+
+def _piece(text: str, kind: int, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Piece:
+    starts, stops = np.array(offsets).T
+    digits_before = np.cumsum([0, *map(str.isdigit, text)])
+    has_digits = digits_before[stops] > digits_before[starts]
+    return Piece(np.array(ids), np.where(has_digits, DIGITS, kind).astype(np.int8))
+
+
+def _moved(question: Piece, answer: Piece) -> tuple[Piece, Piece]:
+    """Question and answer; a space that is a token by itself belongs to the question."""
+    first = int(np.argmax(answer.kinds == DIGITS))
+    asked = np.concatenate([question.ids, answer.ids[:first]])
+    return _alike(asked, QUESTION), _alike(answer.ids[first:], ANSWER)
 
 
 def _alike(ids: np.ndarray, kind: int) -> Piece:
