@@ -33,6 +33,14 @@ def test_any_chunking_is_the_same_computation(settings: dict[str, Any]) -> None:
     torch.testing.assert_close(state.memory, last.memory)
 
 
+@pytest.mark.parametrize("normalization", ["root", "none", "unit"])
+def test_the_normalization_changes_what_memory_answers_and_nothing_else(normalization: str) -> None:
+    """The first segment has no memory to read."""
+    ours, plain = (layer(**settings)(tokens())[0] for settings in ({"normalization": normalization}, {}))
+    assert torch.equal(ours[:, :N], plain[:, :N])
+    assert not torch.isclose(ours[:, N:], plain[:, N:]).all(dim=-1).any()
+
+
 def test_memory_is_written_without_rotation() -> None:
     """So it does not depend on what rotates, nor on where in the text a segment stands."""
     hidden = tokens(4 * N)

@@ -246,6 +246,52 @@ def passkey(
         show.plot(report, plot)
 
 
+def gates(
+    *,
+    text: str | None = None,
+    variant: str = "paper",
+    length: int = 8192,
+    samples: int = 4,
+    keys: int = 1,
+    rewrites: int = 0,
+    prose: str | None = None,
+    seed: int = 0,
+    chunk_tokens: int | None = None,
+    plot: Path | None = None,
+    reader: Reader,
+    json: bool = False,
+) -> None:
+    """Show how far every gate is open, and what the memory does for tokens of each kind.
+
+    Args:
+        text: What to read in place of pass key prompts; a file, - for standard input, or an alias such as
+            hamlet.
+        variant: paper or landmark, after the papers; varied, in real prose; numbers, among other numbers.
+        length: Tokens of a prompt, question included; of a text, the first so many.
+        samples: Prompts, their keys at even depths.
+        keys: Keys in a prompt, one of which is asked for.
+        rewrites: How often that one is told before with another value.
+        prose: The text around the keys of varied; a file, - for standard input, or an alias such as hamlet.
+        seed: Seed of all that is random.
+        chunk_tokens: Tokens that go through the model at once; by default whole segments, together some
+            8,192. Changes speed and working memory.
+        plot: Where to draw the heat maps, a file such as out/gates.png.
+    """
+    from infini_attention.evaluation import gates_report as show
+    from infini_attention.evaluation.gates import Prompts
+    from infini_attention.evaluation.gates import gates as measure
+    from infini_attention.evaluation.stream_report import require_matplotlib
+
+    if plot is not None:
+        require_matplotlib()  # before the reading, not after it
+    prompts = Prompts(variant=variant, samples=samples, keys=keys, rewrites=rewrites, prose=prose, seed=seed)
+    model, tokenizer = _loaded(reader)
+    report = measure(model, tokenizer, text=text, prompts=prompts, length=length, chunk_tokens=chunk_tokens)
+    _print(report.to_json() if json else show.tables(report))
+    if plot is not None:
+        show.plot(report, plot)
+
+
 def ingest(
     text: str,
     *,
@@ -492,6 +538,44 @@ def train(recipe: Path, overrides: list[str]) -> None:
         sys.exit(130 if figures["stopped_by"] == "SIGINT" else 0)
 
 
+def study(
+    study: Path,
+    *,
+    output: Path | None = None,
+    jobs: int = 1,
+    devices: list[int] | None = None,
+    plot: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Train several arms of a recipe and ask each of them for pass keys: one table, one plot over all.
+
+    Ctrl-C saves what has been done; the same command goes on from there. Exit code 1 when a run fails.
+
+    Args:
+        study: A YAML file; the folder recipes/studies has some.
+        output: The folder of all runs; by default out/studies and the name of the file.
+        jobs: Runs at a time, each a process of its own.
+        devices: GPUs that the runs are dealt to, such as '[0, 1]'; by default all.
+        plot: Where to draw exact match by length, a file such as out/study.png.
+    """
+    from infini_attention.evaluation import study_report as show
+    from infini_attention.evaluation.stream_report import require_matplotlib
+    from infini_attention.evaluation.study import read_study, run_study
+
+    if plot is not None:
+        require_matplotlib()  # before the work, not after it
+    report = run_study(
+        read_study(study), output or Path("out/studies", study.stem), jobs=jobs, devices=devices
+    )
+    _print(report.to_json() if json else show.tables(report))
+    if plot is not None:
+        show.plot(report, plot)
+    if report.interrupted:
+        sys.exit(130)
+    if any(result.failed is not None for result in report.results):
+        sys.exit(1)
+
+
 def doctor(*, json: bool = False) -> None:
     """Show versions, devices, the backend each device gets and why, and check that it is right.
 
@@ -513,8 +597,10 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "chat": chat,
     "state": state,
     "train": train,
+    "study": study,
     "bindings": bindings,
     "passkey": passkey,
+    "gates": gates,
     "doctor": doctor,
 }
 RETROFIT = ("segment_length", "update_rule", "feature_map", "gate_init")

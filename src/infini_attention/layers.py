@@ -56,6 +56,7 @@ class InfiniAttention(nn.Module):
         head_dim: width of a head; default hidden_size // heads.
         update_rule: "linear" or "delta".
         feature_map: a name of `ops.feature_maps`.
+        normalization: of what memory answers: "sum", "root", "none" or "unit"; see `infini_attention`.
         empty_memory: "local" or "gated"; see `infini_attention`.
         rope_theta: base of the rotary frequencies; None for no position embedding.
         qk_norm: RMS-normalise queries and keys per head before anything else.
@@ -77,6 +78,7 @@ class InfiniAttention(nn.Module):
         head_dim: int | None = None,
         update_rule: str = "linear",
         feature_map: str = "elu1",
+        normalization: str = "sum",
         empty_memory: str = "local",
         rope_theta: float | None = 10_000.0,
         qk_norm: bool = False,
@@ -101,6 +103,7 @@ class InfiniAttention(nn.Module):
         self.segment_length = segment_length
         self.update_rule = update_rule
         self.feature_map = feature_map
+        self.normalization = normalization
         self.empty_memory = empty_memory
         self.rope_theta = rope_theta
         self.backend = backend
@@ -147,6 +150,7 @@ class InfiniAttention(nn.Module):
             local_key=self._rotate(key, positions),
             update_rule=self.update_rule,
             feature_map=self.feature_map,
+            normalization=self.normalization,
             empty_memory=self.empty_memory,
             state=state,
             padding_mask=padding_mask,

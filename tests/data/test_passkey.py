@@ -15,6 +15,7 @@ from infini_attention.data.passkey import (
     ANSWER,
     BACKGROUND,
     DIGITS,
+    ECHO,
     FILLER,
     HEADING,
     KEY,
@@ -83,7 +84,7 @@ def test_the_length_is_exact_and_so_is_the_place(variant: str, depth: float) -> 
     assert prompt.length == 999 == prompt.whole - len(prompt.answer)
     assert (kinds[:999] != ANSWER).all() and (kinds[999:] == ANSWER).all()
     assert prompt.question_start == (kinds == QUESTION).argmax()
-    told = np.isin(kinds, (KEY, DIGITS))
+    told = np.isin(kinds, (KEY, DIGITS, ECHO))
     before = (kinds[: told.argmax()] == BACKGROUND).sum()
     assert before == round(depth * (kinds == BACKGROUND).sum())
     assert prompt.key_end == np.flatnonzero(told)[-1] + 1
@@ -163,7 +164,7 @@ def test_a_tokenizer_may_join_a_space_and_digits(merging: PreTrainedTokenizerFas
     assert prompt.length == 400 and len(prompt.answer) < 4
     assert re.fullmatch(r" ?\d{4}", str(merging.decode(prompt.answer)))
     kinds = prompt.kinds(0, 400)
-    digits = merging.convert_ids_to_tokens(prompt.tokens(0, 400)[kinds == DIGITS])
+    digits = merging.convert_ids_to_tokens(prompt.tokens(0, 400)[np.isin(kinds, (DIGITS, ECHO))])
     assert len(digits) == 2 * len(prompt.answer) and all(re.search(r"\d", token) for token in digits)
     assert (kinds[: len(draft.heading)] == HEADING).all()
 

@@ -15,7 +15,10 @@ from infini_attention.models.families import (
 WRONG = [
     ({"segment_length": 0}, "segment_length is 0; give a whole number of at least 1"),
     ({"update_rule": "hebb"}, "update_rule is 'hebb'; choose one of 'linear', 'delta'"),
-    ({"feature_map": "cos"}, "feature_map is 'cos'; choose one of .*'elu1'"),
+    ({"feature_map": "cos"}, "feature_map 'cos' is not registered; choose one of .*elu1"),
+    ({"feature_map": "identity", "update_rule": "delta"}, "'identity' can be negative, and the delta rule"),
+    ({"normalization": "mean"}, "normalization is 'mean'; choose one of 'sum', 'root', 'none', 'unit'"),
+    ({"normalization": "none", "update_rule": "delta"}, "normalization is 'none', and the delta rule div"),
     ({"empty_memory": "full"}, "empty_memory is 'full'; choose one of 'local', 'gated'"),
     ({"gate_init": float("inf")}, "gate_init is inf; give a finite logit"),
     ({"infini_layers": []}, "no layer would have a memory"),

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 from infini_attention.models import InfiniCache
 from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.models.memory_off import memory_off
-from infini_attention.models.observe import Observation, gate_logits, observe
+from infini_attention.models.observe import Observation, gate_logits, observe, token_shares
 from infini_attention.ops import infini_attention
 
 SEGMENT = 8
@@ -85,11 +85,14 @@ def test_what_nobody_could_read_has_no_share(llama: Any, inputs: dict[str, Tenso
         assert bool((figure > 0).all()) == bool(figure.any()) == written
 
 
-@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+@pytest.mark.parametrize("memory", [{}, {"update_rule": "delta"}, {"normalization": "unit"}], ids=str)
 def test_figures_are_those_of_the_reference(
-    make_base: Callable[..., Any], make_model: Callable[..., Any], inputs: dict[str, Tensor], update_rule: str
+    make_base: Callable[..., Any],
+    make_model: Callable[..., Any],
+    inputs: dict[str, Tensor],
+    memory: dict[str, str],
 ) -> None:
-    model = make_model(make_base(LlamaForCausalLM, num_hidden_layers=1), update_rule=update_rule)
+    model = make_model(make_base(LlamaForCausalLM, num_hidden_layers=1), **memory)
     attention = model.model.layers[0].self_attn
     kept: list[Any] = []
     hook = attention.register_forward_pre_hook(lambda _, a, given: kept.append(given), with_kwargs=True)
@@ -99,7 +102,7 @@ def test_figures_are_those_of_the_reference(
     query, key, value = attention._project(kept[0]["hidden_states"])
     rotation = kept[0]["segment_context"].rotations["full_attention"]
     local_query, local_key = attention._rotate(query, key, rotation)
-    settings = {"segment_length": SEGMENT, "update_rule": update_rule, "backend": "reference"}
+    settings = {"segment_length": SEGMENT, **memory, "backend": "reference"}
     settings |= {"local_query": local_query, "local_key": local_key, "empty_memory": "gated"}
     dot, _ = infini_attention(query, key, value, torch.full((4,), -1e4), **settings)
     mem, state = infini_attention(query, key, value, torch.full((4,), 1e4), **settings)
@@ -112,11 +115,47 @@ def test_figures_are_those_of_the_reference(
     torch.testing.assert_close(seen.normalizer[0], state.normalizer.amax(dim=2).mean(dim=0))
 
     written = slice(0, 5 * SEGMENT)
-    answers, values = state.read(key)[:, :, written], value[:, :, written]
+    read = state.read(key, normalization=memory.get("normalization", "sum"))
+    answers, values = read[:, :, written], value[:, :, written]
     pairs = torch.stack([(x - x.mean(dim=2, keepdim=True)).flatten(2) for x in (answers, values)], dim=2)
     for head in range(2):
         recalled = [torch.corrcoef(pairs[row, head])[0, 1].item() for row in range(2)]
         assert seen.saturation[0, head].item() == pytest.approx(1 - sum(recalled) / 2, abs=1e-5)
+
+
+def shares_of(model: Any, tokens: Tensor, **inputs: Any) -> Tensor:
+    """(layers, batch, length, heads) of one forward pass."""
+    seen: dict[int, Tensor] = {}
+    with torch.no_grad(), token_shares(model, seen.__setitem__):
+        model(tokens, **inputs)
+    model(tokens[:, :1])
+    return torch.stack([seen[layer] for layer in range(2)])
+
+
+def test_a_token_has_a_share_from_the_second_segment_on(
+    llama: Any, make_tokens: Callable[..., Tensor]
+) -> None:
+    shares = shares_of(llama, make_tokens(2, LENGTH))
+    assert shares.shape == (2, 2, LENGTH, 4)
+    assert not shares[:, :, :SEGMENT].any()
+    assert bool(((shares > 0) & (shares < 1))[:, :, SEGMENT:].all())
+
+
+def test_a_tokens_share_does_not_depend_on_what_stands_beside_it(
+    llama: Any, make_tokens: Callable[..., Tensor]
+) -> None:
+    tokens, first = make_tokens(2, LENGTH), 2 * SEGMENT + 5
+    whole = shares_of(llama, tokens)
+    torch.testing.assert_close(shares_of(llama, tokens[1:])[:, 0], whole[:, 1])
+    padded = torch.nn.functional.pad(tokens, (3, 0))
+    shares = shares_of(llama, padded, attention_mask=(padded != 0).long())
+    assert not shares[:, :, :3].any()
+    torch.testing.assert_close(shares[:, :, 3:], whole)
+    cache = InfiniCache(llama.config)
+    parts = [
+        shares_of(llama, part, **{CACHE_ARGUMENT: cache}) for part in tokens.tensor_split([first], dim=1)
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole)
 
 
 def test_a_memory_fills_up(llama: Any, make_tokens: Callable[..., Tensor]) -> None:

@@ -1,3 +1,5 @@
+from itertools import combinations
+
 import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
@@ -63,6 +65,7 @@ def test_the_config_is_the_bases_with_the_settings(base):
         "feature_map": "exp",
         "gate_init": -2.0,
         "infini_layers": [1],
+        "normalization": "sum",
         "model_type": f"infini_{base.config.model_type.removesuffix('_text')}",
         "segment_length": 8,
         "update_rule": "delta",
@@ -104,6 +107,16 @@ def test_the_update_rule_and_feature_map_of_the_config_are_used(
     assert not torch.allclose(logits, make_model(base, update_rule=other_rule)(tokens).logits, atol=1e-4)
     other_map = make_model(base, update_rule=update_rule, feature_map="exp")(tokens).logits
     assert not torch.allclose(logits, other_map, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_normalization_of_the_config_is_used(make_base, make_model, make_tokens):
+    base, tokens = make_base(LlamaForCausalLM), make_tokens(1, 30)
+    names = ("sum", "root", "none", "unit")
+    logits = [make_model(base, normalization=name)(tokens).logits for name in names]
+    for one, other in combinations(logits, 2):
+        assert torch.equal(one[:, :8], other[:, :8])
+        assert not torch.allclose(one[:, 8:], other[:, 8:], atol=1e-3)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from infini_attention.ops import MemoryState, feature_maps, infini_attention
+from infini_attention.ops.normalization import NORMALIZATIONS
 
 LAYOUTS = ("none", "right", "left", "holes", "packed")
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -128,7 +129,9 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
     segment_length = fixed.get("segment_length", draw(st.integers(1, 6)))
     longest = 4 * segment_length + 2
     update_rule = fixed.get("update_rule", draw(st.sampled_from(["linear", "delta"])))
-    maps = [name for name in MAPS if feature_maps.get(name).nonnegative or update_rule == "linear"]
+    normalization = draw(st.sampled_from(NORMALIZATIONS)) if update_rule == "linear" else "sum"
+    any_sign = update_rule == "linear" and normalization != "root"
+    maps = [name for name in MAPS if feature_maps.get(name).nonnegative or any_sign]
     lengths = st.lists(st.integers(0, longest), min_size=1, max_size=3)
     alike = st.builds(lambda length, rows: [length] * rows, st.integers(0, longest), st.integers(1, 3))
     drawn = {
@@ -143,6 +146,7 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
         "segment_length": segment_length,
         "update_rule": update_rule,
         "feature_map": draw(st.sampled_from(maps)),
+        "normalization": normalization,
         "empty_memory": draw(st.sampled_from(["local", "gated"])),
         "scale": draw(st.sampled_from([None, 0.3])),
         "softcap": draw(st.sampled_from([None, 2.0])),

@@ -24,10 +24,20 @@ def sigma(feature_map: str, x: np.ndarray) -> np.ndarray:
     return np.array([function(a) for a in x])
 
 
-def retrieve(features: np.ndarray, M: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """sigma(x) M / (sigma(x) z); nothing is found where nothing is stored."""
+def unit(x: np.ndarray) -> np.ndarray:
+    """The vector in x's direction whose squares sum to 1; none has the direction of zeros."""
+    squares = sum(float(a) ** 2 for a in x)
+    return x / math.sqrt(squares) if squares else x
+
+
+def retrieve(features: np.ndarray, M: np.ndarray, z: np.ndarray, normalization: str = "sum") -> np.ndarray:
+    """sigma(x) M over what the normalization says; nothing is found where nothing is stored."""
+    if normalization in ("none", "unit"):
+        return features @ M
     denominator = features @ z
-    return features @ M / denominator if denominator != 0 else np.zeros(M.shape[1])
+    if denominator == 0:
+        return np.zeros(M.shape[1])
+    return features @ M / {"sum": denominator, "root": abs(denominator) ** 0.5}[normalization]
 
 
 def oracle(
@@ -42,6 +52,7 @@ def oracle(
     segment_length: int,
     update_rule: str,
     feature_map: str,
+    normalization: str,
     empty_memory: str,
     scale: float | None,
     softcap: float | None,
@@ -50,6 +61,10 @@ def oracle(
 
     Tensors are (heads or kv_heads, length, dim); `weights` (segments,) says how often each segment counts.
     """
+
+    def features_of(x: np.ndarray) -> np.ndarray:
+        return unit(sigma(feature_map, x)) if normalization == "unit" else sigma(feature_map, x)
+
     heads, length, head_dim = query.shape
     kv_heads, _, value_dim = value.shape
     feature_dim = len(sigma(feature_map, np.ones(head_dim)))
@@ -69,11 +84,11 @@ def oracle(
                 scores = [softcap * math.tanh(score / softcap) for score in scores]
             likelihoods = [math.exp(score - max(scores)) for score in scores]
             A_dot = sum(p * value[g, first + i] for i, p in enumerate(likelihoods)) / sum(likelihoods)
-            A_mem = retrieve(sigma(feature_map, query[h, t]), M[g], z[g])
+            A_mem = retrieve(features_of(query[h, t]), M[g], z[g], normalization)
             remembers = z[g].any() or empty_memory == "gated"
             output[h, t] = share[h] * A_mem + (1 - share[h]) * A_dot if remembers else A_dot
         for g in range(kv_heads):
-            features = sigma(feature_map, key[g, t])
+            features = features_of(key[g, t])
             removed = retrieve(features, M[g], z[g]) if update_rule == "delta" else 0.0
             new_M[g] += np.outer(features, weight * value[g, t] - removed)
             new_z[g] += weight * features

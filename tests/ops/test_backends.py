@@ -48,6 +48,13 @@ def test_tensors_that_the_kernels_do_not_take_get_the_other_backend(
     assert reason in words
 
 
+@pytest.mark.parametrize("normalization", ["root", "none", "unit"])
+def test_a_normalization_that_the_kernels_lack_gets_the_other_backend(normalization: str) -> None:
+    name, words = choose_backend(GPU, normalization=normalization)
+    assert name == "parallel"
+    assert f"the fused kernels have no normalization '{normalization}'" in words
+
+
 def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
@@ -85,7 +92,7 @@ def test_auto_on_a_gpu_that_cannot_warns_exactly_once() -> None:
     tensor = SimpleNamespace(device=GPU, dtype=torch.float64, shape=(1, 2, 8, 4), is_cuda=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        chosen = [infini._backend("auto", tensor, tensor) for _ in range(3)]
+        chosen = [infini._backend("auto", tensor, tensor, "sum") for _ in range(3)]
     assert [backend.__name__ for backend in chosen] == ["parallel"] * 3
     assert ["no torch.float64" in str(warning.message) for warning in caught] == [True]
 

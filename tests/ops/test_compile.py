@@ -14,11 +14,14 @@ needs_compiler = pytest.mark.skipif(
 
 
 @needs_compiler
-@pytest.mark.parametrize(("update_rule", "length"), [("linear", 64), ("delta", 50)])
-def test_a_compiled_call_equals_an_eager_one(update_rule: str, length: int) -> None:
+@pytest.mark.parametrize(
+    ("update_rule", "normalization", "length"),
+    [("linear", "sum", 64), ("delta", "sum", 50), ("linear", "unit", 50)],
+)
+def test_a_compiled_call_equals_an_eager_one(update_rule: str, normalization: str, length: int) -> None:
     def function(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
-        settings = {"segment_length": 16, "update_rule": update_rule, "backend": "parallel"}
-        return infini_attention(query, key, value, gate, **settings)[0]
+        settings = {"update_rule": update_rule, "normalization": normalization, "backend": "parallel"}
+        return infini_attention(query, key, value, gate, segment_length=16, **settings)[0]
 
     tensors = [torch.randn(1, 2, length, 8, requires_grad=True) for _ in range(3)]
     tensors.append(torch.zeros(2, requires_grad=True))

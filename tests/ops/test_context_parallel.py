@@ -61,13 +61,15 @@ def make_task(
     *,
     update_rule: str,
     feature_map: str = "elu1",
+    normalization: str = "sum",
     carried: bool = True,
     weighted: bool = True,
     value_dim: int = 4,
     **more: Any,
 ) -> Task:
     """Two rows of grouped heads in fp64; their carried states are of different lengths."""
-    settings = {"segment_length": N, "update_rule": update_rule, "feature_map": feature_map}
+    settings = {"segment_length": N, "update_rule": update_rule}
+    settings |= {"feature_map": feature_map, "normalization": normalization}
     case = make_case([sum(runs)] * 2, value_dim=value_dim, weighted=weighted, **settings)
     tensors, _ = lay_out(case.rows, "none")
     tensors["gate"] = case.gate
@@ -234,6 +236,20 @@ def test_ranks_are_one_process_in_fp32(update_rule: str) -> None:
 def test_a_feature_map_may_widen_keys(update_rule: str) -> None:
     task = make_task(RUNS["two-ranks"], update_rule=update_rule, feature_map="dpfp")
     check(task, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("normalization", ["root", "none", "unit"])
+def test_every_normalization_is_that_of_one_process(normalization: str) -> None:
+    task = make_task(RUNS["two-ranks"], update_rule="linear", normalization=normalization)
+    check(task, tolerance=1e-10)
+
+
+def test_a_normalization_with_which_delta_diverges_is_refused() -> None:
+    tensors = torch.zeros(2, 1, 1, N, 4)
+    with pytest.raises(ValueError, match="normalization is 'unit', and the delta rule diverges"):
+        incoming_state(
+            *tensors, segment_length=N, update_rule="delta", normalization="unit", group=dist.group.WORLD
+        )
 
 
 @pytest.mark.parametrize("update_rule", RULES)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from infini_attention.ops import feature_maps
+from infini_attention.ops.normalization import normalized
 
 EXTREMES = torch.tensor([-1e4, -30.0, -1.0, -0.0, 0.0, 1.0, 30.0, 1e4])
 
@@ -38,3 +39,22 @@ def test_exp_is_clamped_so_that_ten_million_tokens_still_sum_exactly_enough() ->
     features = feature_maps.get("exp")(EXTREMES)
     assert features.min().item() == pytest.approx(torch.e**-20)
     assert features.max().item() == pytest.approx(torch.e**10)
+
+
+@pytest.mark.parametrize("name", feature_maps.names())
+def test_unit_features_have_length_1_or_are_zero_and_so_have_their_gradients(name: str) -> None:
+    """All zero are those of relu2 for a negative vector; the largest and the smallest stay finite."""
+    sigma = normalized(feature_maps.get(name), "unit")
+    x = torch.stack([torch.randn(8), EXTREMES, -EXTREMES.abs(), torch.zeros(8)]).requires_grad_()
+    lengths = sigma(x).norm(dim=-1)
+    found = feature_maps.get(name)(x).any(dim=-1)
+    torch.testing.assert_close(lengths, found.float())
+    sigma(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("normalization", ["sum", "root", "none"])
+def test_only_unit_scales_features(normalization: str) -> None:
+    sigma = feature_maps.get("elu1")
+    assert normalized(sigma, normalization) is sigma

@@ -32,6 +32,24 @@ def test_gradients_are_those_of_finite_differences(backend: str, update_rule: st
     _check_gradients(backend, case, [1, 0], layout="holes", fast_mode=feature_map != "elu1")
 
 
+@pytest.mark.parametrize("normalization", ["root", "none", "unit"])
+def test_gradients_of_every_normalization_are_those_of_finite_differences(
+    backend: str, normalization: str
+) -> None:
+    case = make_case(
+        [4, 5],
+        seed=3,
+        kv_heads=1,
+        head_dim=2,
+        value_dim=2,
+        weighted=True,
+        segment_length=2,
+        normalization=normalization,
+        feature_map="elu1",
+    )
+    _check_gradients(backend, case, [1, 0], layout="holes", fast_mode=True)
+
+
 @pytest.mark.parametrize("update_rule", RULES)
 @pytest.mark.parametrize("empty_memory", ["local", "gated"])
 @pytest.mark.parametrize("layout", ["none", "packed"])
@@ -80,9 +98,12 @@ def test_a_detached_state_cuts_the_graph(backend: str, update_rule: str) -> None
 
 
 @pytest.mark.parametrize("feature_map", ["relu2", "dpfp"])
-@pytest.mark.parametrize("update_rule", RULES)
+@pytest.mark.parametrize(
+    ("update_rule", "normalization"),
+    [("delta", "sum"), ("linear", "sum"), ("linear", "root"), ("linear", "none"), ("linear", "unit")],
+)
 def test_where_nothing_is_found_gradients_stay_moderate(
-    backend: str, update_rule: str, feature_map: str
+    backend: str, update_rule: str, normalization: str, feature_map: str
 ) -> None:
     """Features of these maps can be orthogonal to all that memory holds: sigma(q) z is exactly 0."""
     key = torch.tensor([[2.0, 1.0, -1.0, -1.0]])
@@ -92,7 +113,12 @@ def test_where_nothing_is_found_gradients_stay_moderate(
     case = Case(
         [_row(query=new_key, key=new_key, value=torch.ones(2, 3))],
         torch.zeros(1),
-        {"segment_length": 2, "update_rule": update_rule, "feature_map": feature_map},
+        {
+            "segment_length": 2,
+            "update_rule": update_rule,
+            "feature_map": feature_map,
+            "normalization": normalization,
+        },
     ).leaves()
     past = Case(
         [_row(query=memory_key, key=memory_key, value=torch.ones(2, 3))], torch.zeros(1), case.settings

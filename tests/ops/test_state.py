@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from infini_attention.ops import MemoryState, infini_attention
+from infini_attention.ops.normalization import NORMALIZATIONS
 
 from .cases import STATE_FIELDS, assert_states_equal, make_case, run
-from .oracle import retrieve, sigma
+from .oracle import retrieve, sigma, unit
 
 
 def filled(lengths: list[int], *, segment_length: int = 4) -> MemoryState:
@@ -121,18 +122,21 @@ def test_to_moves_everything_but_the_lengths() -> None:
     assert moved.length.tolist() == [10]
 
 
-def test_read_is_equation_7() -> None:
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_read_is_equation_7_as_it_is_normalized(normalization: str) -> None:
     state = filled([10])
     query = torch.randn(1, 4, 3, 4, dtype=torch.float64)
-    answers = state.read(query, feature_map="elu1")
+    answers = state.read(query, feature_map="elu1", normalization=normalization)
     for head in range(4):
         memory, normalizer = (x[0, head // 2].detach().numpy() for x in (state.memory, state.normalizer))
         for token in range(3):
             features = sigma("elu1", query[0, head, token].numpy())
-            expected = torch.from_numpy(retrieve(features, memory, normalizer))
+            features = unit(features) if normalization == "unit" else features
+            expected = torch.from_numpy(retrieve(features, memory, normalizer, normalization))
             torch.testing.assert_close(answers[0, head, token].detach(), expected)
 
 
-def test_an_empty_memory_answers_zero() -> None:
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_an_empty_memory_answers_zero(normalization: str) -> None:
     state = MemoryState.empty(1, 2, 8, 6, segment_length=4)
-    assert not state.read(torch.randn(1, 4, 5, 8)).any()
+    assert not state.read(torch.randn(1, 4, 5, 8), normalization=normalization).any()

@@ -27,15 +27,23 @@ def batch(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([one[name] for one in pieces]) for name in pieces[0]}
 
 
-@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+@pytest.mark.parametrize(
+    ("update_rule", "normalization"),
+    [("linear", "sum"), ("linear", "root"), ("linear", "none"), ("linear", "unit"), ("delta", "sum")],
+)
 @pytest.mark.parametrize("empty_memory", ["local", "gated"])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("width", [None, SEGMENT - 1])
 def test_steps_equal_the_function_for_rows_at_different_places(
-    update_rule: str, empty_memory: str, softcap: float | None, width: int | None
+    update_rule: str, normalization: str, empty_memory: str, softcap: float | None, width: int | None
 ) -> None:
     gate = torch.randn(HEADS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    settings = {"update_rule": update_rule, "empty_memory": empty_memory, "softcap": softcap}
+    settings = {
+        "update_rule": update_rule,
+        "normalization": normalization,
+        "empty_memory": empty_memory,
+        "softcap": softcap,
+    }
     texts, starts, steps = [tokens(20, seed) for seed in range(3)], [0, 5, 10], 7
     buffers = StepBuffers.empty(1, 3, KV_HEADS, DIM, DIM, segment_length=SEGMENT, dtype=torch.float64)
     states: list[MemoryState | None] = [None, None, None]

@@ -84,6 +84,18 @@ WRONG = {
         good(feature_map="identity", update_rule="delta"),
         "'identity' can be negative, and the delta rule diverges.*update_rule='linear'",
     ),
+    "unknown normalization": (
+        good(normalization="mean"),
+        "normalization is 'mean'; choose one of 'sum', 'root', 'none', 'unit'",
+    ),
+    "root of a negative map": (
+        good(feature_map="identity", normalization="root"),
+        "'identity' can be negative, and normalization 'root' takes the root.*or another normalization",
+    ),
+    "fused without a sum": (
+        good(normalization="none", backend="triton"),
+        "backend is 'triton', but the fused kernels have no normalization 'none', only 'sum'; .*'auto'",
+    ),
     "mask of floats": (good(padding_mask=torch.ones(2, 10)), r"torch.float32; give \(2, 10\) torch.bool"),
     "mask of keys": (good(padding_mask=torch.ones(2, 14, dtype=torch.bool)), r"padding_mask is \(2, 14\)"),
     "mask and packing": (
@@ -115,6 +127,15 @@ WRONG = {
         good(segment_weights=torch.full((2, 3), float("nan"))),
         "minimum nan; weights are fin",
     ),
+}
+
+
+WRONG |= {
+    f"{name} with delta": (
+        good(normalization=name, update_rule="delta"),
+        f"normalization is '{name}', and the delta rule diverges with it.*normalization='sum', or update_r",
+    )
+    for name in ("root", "none", "unit")
 }
 
 

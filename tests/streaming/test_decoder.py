@@ -27,11 +27,21 @@ def read(model: LlamaForCausalLM, ids: list[int]) -> InfiniCache:
     return cache
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "compiled"),
+    [
+        ({"update_rule": "delta"}, False),
+        ({"update_rule": "delta"}, True),
+        ({"normalization": "root"}, False),
+        ({"normalization": "none"}, False),
+        ({"normalization": "unit"}, False),
+    ],
+    ids=str,
+)
 def test_steps_equal_the_model_and_rows_come_and_go(
-    make_model: Callable[..., LlamaForCausalLM], compiled: bool
+    make_model: Callable[..., LlamaForCausalLM], settings: dict[str, str], compiled: bool
 ) -> None:
-    model = make_model(update_rule="delta")
+    model = make_model(**settings)
     texts = [
         torch.randint(0, 60, (40,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(3)
     ]

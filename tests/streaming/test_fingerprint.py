@@ -42,10 +42,18 @@ class Holder(nn.Module):
 
 
 def test_it_says_what_the_config_says(make_model: MakeModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    found = fingerprint(make_model(update_rule="delta", feature_map="relu2"), tokenizer)
-    expected = ["infini_llama", "none", 8, "delta", "relu2", "local", "float32"]
-    names = ["model_type", "adapter", "segment_length", "update_rule", "feature_map", "empty_memory", "dtype"]
-    assert [getattr(found, name) for name in names] == expected
+    found = fingerprint(make_model(feature_map="relu2", normalization="root"), tokenizer)
+    expected = {
+        "model_type": "infini_llama",
+        "adapter": "none",
+        "segment_length": 8,
+        "update_rule": "linear",
+        "feature_map": "relu2",
+        "normalization": "root",
+        "empty_memory": "local",
+        "dtype": "float32",
+    }
+    assert {name: getattr(found, name) for name in expected} == expected
     assert len(found.weights) == len(found.tokenizer) == 64
 
 
@@ -54,7 +62,7 @@ def test_models_made_alike_have_the_same(make_model: MakeModel) -> None:
 
 
 def test_differences_are_in_words() -> None:
-    one = Fingerprint("llama", "a" * 64, "none", "b" * 64, 512, "linear", "elu1", "local", "bfloat16")
+    one = Fingerprint("llama", "a" * 64, "none", "b" * 64, 512, "linear", "elu1", "sum", "local", "bfloat16")
     assert one.differences(one) == []
     other = replace(one, weights="c" * 64, segment_length=2048, adapter="law,news")
     assert one.differences(other) == [

@@ -50,6 +50,7 @@ PRINT = Fingerprint(
     segment_length=SEGMENT,
     update_rule="linear",
     feature_map="elu1",
+    normalization="sum",
     empty_memory="local",
     dtype="bfloat16",
 )
@@ -209,7 +210,7 @@ def test_the_header_says_what_a_file_holds(path: Path, exact: bool) -> None:
         "mode": "exact" if exact else "compact",
         "snapshots": [8, 24],
         "bytes": size,
-        "format": 1,
+        "format": 2,
         **vars(PRINT),
     }
 
@@ -545,8 +546,8 @@ def test_forged_tensors_are_refused_although_the_hash_is_right(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": 2}, "it is of format 2, and this version reads 1"),
-        ({"format": True, "more": 1}, "damaged"),
+        ({"format": 1}, "it is of format 1, and this version reads 2"),
+        ({"more": 1}, "damaged"),
         ({"tokens": 28}, "do not make segments of 8"),
         ({"tokens": 4}, "do not make segments of 8"),
         ({"tokens": -3}, "damaged"),

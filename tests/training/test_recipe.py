@@ -115,6 +115,12 @@ def test_sizes_and_families_that_are_not_there_are_named() -> None:
         make_model(recipe, 64)
 
 
+def test_the_recipes_memory_is_the_models() -> None:
+    recipe = read_recipe(COPY, ["--model.feature_map=relu2", "--model.normalization=root"]).recipe.model
+    config = make_model(recipe, 64).config
+    assert (config.feature_map, config.normalization) == ("relu2", "root")
+
+
 def test_a_dry_run_says_what_there_would_be_and_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +200,11 @@ def test_a_base_that_has_memories_keeps_its_own(tmp_path: Path) -> None:
     base = ["--model.sizes={}", f"--model.base={tmp_path}/run/model", "--data.tokenizer=null"]
     with pytest.raises(ValueError, match=r"has memories already, and model.segment_length would change them"):
         make_model(read_recipe(tmp_path / "recipe.yaml", base).recipe.model, 256)
-    recipe = read_recipe(tmp_path / "recipe.yaml", [*base, "--model.segment_length=2048"]).recipe
+    base.append("--model.segment_length=2048")
+    with pytest.raises(ValueError, match=r"memories already, and model.normalization would change them"):
+        other = [*base, "--model.normalization=none"]
+        make_model(read_recipe(tmp_path / "recipe.yaml", other).recipe.model, 256)
+    recipe = read_recipe(tmp_path / "recipe.yaml", base).recipe
     assert make_model(recipe.model, 256).config.segment_length == 16
     with pytest.raises(ValueError, match=r"the data has 999 tokens and model.base .* knows 256"):
         make_model(recipe.model, 999)

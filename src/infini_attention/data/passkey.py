@@ -24,8 +24,9 @@ IGNORED = -100
 TRIED = 16  # prompts whose room is looked at beforehand: keys differ in their number of tokens
 BATCH, ITEM = 1, 2  # what is drawn for a batch and for an item of it, beside the prompt itself
 
-BACKGROUND, HEADING, KEY, DIGITS, QUESTION, ANSWER = range(6)
-"""Kinds of tokens: `DIGITS` are those of a value where it is told, `ANSWER` those that are asked for."""
+BACKGROUND, HEADING, KEY, QUESTION, DIGITS, ECHO, ANSWER = range(7)
+"""Kinds of tokens: `DIGITS` are those of a value where it is told, `ECHO` those of the same value later in the
+same sentences, `ANSWER` those that are asked for. A token is of the greatest kind of its characters."""
 
 TOLD = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -80,6 +81,10 @@ VARIANTS = {
 """`paper`: appendix B of arXiv 2404.07143. `landmark`: the prompt of Mohtashami and Jaggi, arXiv 2305.16300,
 in lines, its keys from 1 to 50,000. `varied`: the paper's sentences in real prose. `numbers`: the paper's,
 but every sentence of the filler is followed by one that says a number like a key's."""
+
+
+SENTENCES = (HEADING, KEY, QUESTION, ECHO, ANSWER)
+Marked = Sequence[tuple[str, int]]  # a text in parts, each with the kind of its characters
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,7 @@ class Draft:
         told: the sentence that tells the answer.
         earlier: those that tell other values of the same key, each with its place before `told`.
         others: those that tell other keys, each with its place in the whole background.
+        asked_before: questions after other keys, each with its answer, that come before the last one.
         question: what is asked.
         answer: what is to come next.
         source: where the background comes from.
@@ -157,6 +163,7 @@ class Draft:
     told: Piece
     earlier: Sequence[tuple[float, Piece]]
     others: Sequence[tuple[float, Piece]]
+    asked_before: Sequence[Piece]
     question: Piece
     answer: Piece
     source: np.ndarray | TokenStore
@@ -166,7 +173,7 @@ class Draft:
     def shortest(self) -> int:
         """Tokens without any background, up to and including the question."""
         sentences = [piece for _, piece in (*self.earlier, *self.others)]
-        return sum(map(len, (self.heading, self.told, *sentences, self.question)))
+        return sum(map(len, (self.heading, self.told, *sentences, *self.asked_before, self.question)))
 
     def prompt(self, *, length: int, depth: float) -> Prompt:
         """The prompt of exactly `length` tokens, question included, answer not.
@@ -193,6 +200,10 @@ class Draft:
             if piece is self.told:
                 key_end = cut + inserted
         question_start = length - len(self.question)
+        start = question_start - sum(map(len, self.asked_before))
+        for piece in self.asked_before:
+            pieces.append((start, piece))
+            start += len(piece)
         pieces += [(question_start, self.question), (length, self.answer)]
         background, offset = _background(self.source, self.offset, length)
         return Prompt(length, self.answer.ids, question_start, key_end, pieces, background, offset)
@@ -231,42 +242,46 @@ class PasskeyPrompts:
         require_fast(tokenizer)
         self.variant, self.seed = VARIANTS[variant], seed
         self._tokenizer: Any = tokenizer
-        self._heading = self._piece(TOLD + self.variant.ending, HEADING)
+        [self._heading] = self._pieces([[(TOLD + self.variant.ending, HEADING)]])
         self._source = self._filler() if prose is None else prose
 
-    def draft(self, index: int, *, keys: int = 1, rewrites: int = 0) -> Draft:
+    def draft(self, index: int, *, keys: int = 1, rewrites: int = 0, questions: int = 1) -> Draft:
         """The prompt number `index`, before its length and depth are decided.
 
         Args:
             index: which one.
-            keys: how many keys are told; several have names, and one of them is asked for.
-            rewrites: how often the key that is asked for is told before with another value.
+            keys: how many keys are told; several have names.
+            rewrites: how often the key that the last question is after is told before with another value.
+            questions: how many of the keys are asked for; those before the last one are answered.
 
         Raises:
-            ValueError: fewer than 1 key or more than there are names, or negative rewrites.
+            ValueError: fewer than 1 key or more than there are names, negative rewrites, or not 1 to `keys`
+                questions.
         """
         if not 1 <= keys <= len(NAMES) or rewrites < 0:
             raise ValueError(
                 f"keys is {keys} and rewrites {rewrites}; give 1 to {len(NAMES)} keys and at least 0 rewrites"
             )
+        if not 1 <= questions <= keys:
+            raise ValueError(f"questions is {questions}; give 1 to {keys}, as many as there are keys")
         random = np.random.default_rng((self.seed, index))
         asked, *names = [f" of {name}" for name in random.permutation(NAMES)[:keys]] if keys > 1 else [""]
         answer, *values = map(int, self._values(random, rewrites + keys))
         told = [(asked, answer), *zip([asked] * rewrites + names, values, strict=True)]
-        texts = [self._told(name, value) for name, value in told]
-        question_text = f"{self.variant.joint}What is the pass key{asked}? The pass key{asked} is"
-        pieces = self._pieces([*texts, question_text, f" {answer}"], [KEY] * len(told) + [QUESTION] * 2)
-        *sentences, question, number = pieces
-        places = map(float, random.random(len(values)))
-        placed = list(zip(places, sentences[1:], strict=True))
-        question, number = _moved(question, number)
+        questioned = [*told[rewrites + 1 :][: questions - 1], told[0]]
+        *before, (question, number) = [self._asked(name, value) for name, value in questioned]
+        pieces = self._pieces([self._told(name, value) for name, value in told])
+        placed = list(zip(map(float, random.random(len(values))), pieces[1:], strict=True))
+        question_piece, answer_piece = _moved(*self._pieces([question, number]))
+        ending = [(f".{self.variant.ending}", QUESTION)]
         return Draft(
             heading=self._heading,
-            told=sentences[0],
+            told=pieces[0],
             earlier=placed[:rewrites],
             others=placed[rewrites:],
-            question=question,
-            answer=number,
+            asked_before=self._pieces([[*words, *digits, *ending] for words, digits in before]),
+            question=question_piece,
+            answer=answer_piece,
             source=self._source,
             offset=float(random.random()) if self.variant.shifts else 0.0,
         )
@@ -276,29 +291,41 @@ class PasskeyPrompts:
         smallest, largest = self.variant.smallest, self.variant.largest
         return smallest + random.choice(largest + 1 - smallest, count, replace=False)
 
-    def _told(self, name: str, value: int) -> str:
-        sentence = f"The pass key{name} is {value}. Remember it. {value} is the pass key{name}."
-        return self.variant.joint + sentence + self.variant.ending
+    def _told(self, name: str, value: int) -> Marked:
+        return [
+            (f"{self.variant.joint}The pass key{name} is ", KEY),
+            (str(value), DIGITS),
+            (". Remember it. ", KEY),
+            (str(value), ECHO),
+            (f" is the pass key{name}.{self.variant.ending}", KEY),
+        ]
+
+    def _asked(self, name: str, value: int) -> tuple[Marked, Marked]:
+        """Question and answer."""
+        question = f"{self.variant.joint}What is the pass key{name}? The pass key{name} is"
+        return [(question, QUESTION)], [(" ", QUESTION), (str(value), ANSWER)]
 
     def _filler(self) -> np.ndarray:
         """The ids that stand around the pieces, once."""
-        if not self.variant.numbers:
-            return self._piece("".join(f" {sentence}" for sentence in FILLER), BACKGROUND).ids
-        random = np.random.default_rng(self.seed)
-        numbers = random.integers(self.variant.smallest, self.variant.largest + 1, DISTRACTORS)
-        text = "".join(
-            f" {sentence} The number of the {counted} is {number}."
-            for sentence, counted, number in zip(cycle(FILLER), random.choice(COUNTED, DISTRACTORS), numbers)
-        )
-        return self._piece(text, BACKGROUND).ids
+        text = "".join(f" {sentence}" for sentence in FILLER)
+        if self.variant.numbers:
+            random = np.random.default_rng(self.seed)
+            numbers = random.integers(self.variant.smallest, self.variant.largest + 1, DISTRACTORS)
+            text = "".join(
+                f" {sentence} The number of the {counted} is {number}."
+                for sentence, counted, number in zip(
+                    cycle(FILLER), random.choice(COUNTED, DISTRACTORS), numbers
+                )
+            )
+        return self._pieces([[(text, BACKGROUND)]])[0].ids
 
-    def _piece(self, text: str, kind: int) -> Piece:
-        return self._pieces([text], [kind])[0]
-
-    def _pieces(self, texts: Sequence[str], kinds: Sequence[int]) -> list[Piece]:
-        """The tokens of each text, together in one call; those with a digit in them are `DIGITS`."""
-        encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        of_texts = zip(texts, kinds, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    def _pieces(self, texts: Sequence[Marked]) -> list[Piece]:
+        """The tokens of each text, all in one call."""
+        if not texts:
+            return []
+        plain = ["".join(part for part, _ in text) for text in texts]
+        encoded = self._tokenizer(plain, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        of_texts = zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
         return [_piece(*of_text) for of_text in of_texts]
 
 
@@ -306,21 +333,23 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
     """Prompts with a pass key, to train on.
 
     Items are `input_ids` and `shift_labels`, each (length,) int64; shift_labels[t] is the token expected
-    after input_ids[t] where that is one of the answer's, else -100. The items of a batch have a common
-    length, some whole segments, drawn for the batch: torch's DataLoader asks for a batch at once, by
-    `__getitems__`. The question ends at a random place of the last segment, so that no place is learnt by
-    heart; id 0 fills up what comes after the answer. All depends on the settings, `seed` and the batch's
-    indices alone.
+    after input_ids[t] where that is to be learnt, else -100. The items of a batch have a common length, some
+    whole segments, drawn for the batch: torch's DataLoader asks for a batch at once, by `__getitems__`. The
+    last question ends at a random place of the last segment, so that no place is learnt by heart; id 0 fills
+    up what comes after its answer. All depends on the settings, `seed` and the batch's indices alone.
 
     Args:
         tokenizer: a fast one.
         examples: how many items there are.
         segment_length: of the model, in tokens.
         least_segments: of a batch.
-        most_segments: of a batch; the number is drawn uniformly.
+        most_segments: of a batch; the number is drawn with a uniform logarithm, so that most are short.
         variants: names of `VARIANTS`, each with its weight in the draw.
         most_keys: keys in a prompt, drawn uniformly from 1 up, and fewer where a prompt has no room for them.
         most_rewrites: of the key that is asked for, drawn uniformly from 0 up; likewise.
+        all_asked: every key in a prompt is asked for, not one alone.
+        sentences: beside the answers, the words of heading, keys and questions are learnt, but for what
+            nobody can know: a value where it is told.
         prose: real text, for `varied`; see `PasskeyPrompts`.
         seed: of all that is random.
 
@@ -340,6 +369,8 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
         variants: Mapping[str, float] = MappingProxyType({"paper": 1.0}),
         most_keys: int = 1,
         most_rewrites: int = 0,
+        all_asked: bool = False,
+        sentences: bool = False,
         prose: np.ndarray | TokenStore | None = None,
         seed: int = 0,
     ) -> None:
@@ -355,6 +386,7 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
         self.examples, self.segment_length = examples, segment_length
         self.least_segments, self.most_segments = least_segments, most_segments
         self.most_keys, self.most_rewrites, self.seed = most_keys, most_rewrites, seed
+        self.all_asked, self._learnt = all_asked, SENTENCES if sentences else (ANSWER,)
         self._chances = np.array([*variants.values()]) / sum(variants.values())
         self._prompts = [
             PasskeyPrompts(tokenizer, name, prose=prose if name == "varied" else None, seed=seed)
@@ -373,23 +405,29 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
         """The examples of a batch, all of the same length."""
         numbers = [range(len(self))[index] for index in indices]
         random = np.random.default_rng((self.seed, numbers[0], BATCH))
-        length = self.segment_length * int(random.integers(self.least_segments, self.most_segments + 1))
+        segments = np.exp(random.uniform(*np.log((self.least_segments, self.most_segments + 1))))
+        length = self.segment_length * int(segments)
         return [self._item(number, length) for number in numbers]
 
     def _item(self, number: int, length: int) -> dict[str, Tensor]:
         random = np.random.default_rng((self.seed, number, ITEM))
         prompts = self._prompts[random.choice(len(self._prompts), p=self._chances)]
         keys, rewrites = random.integers((1, 0), (self.most_keys + 1, self.most_rewrites + 1)).tolist()
-        draft = prompts.draft(number, keys=keys, rewrites=rewrites)
+        draft = self._draft(prompts, number, keys, rewrites)
         while (room := _room(draft, length)) < 0 and keys + rewrites > 1:
             keys, rewrites = max(1, keys - 1), max(0, rewrites - 1)
-            draft = prompts.draft(number, keys=keys, rewrites=rewrites)
+            draft = self._draft(prompts, number, keys, rewrites)
         unused = int(random.integers(min(self.segment_length, room + 1)))
         prompt = draft.prompt(length=draft.shortest + room - unused, depth=float(random.random()))
+        ids, kinds = prompt.tokens(0, prompt.whole), prompt.kinds(0, prompt.whole)
         inputs, labels = np.zeros(length, np.int64), np.full(length, IGNORED)
-        inputs[: prompt.whole - 1] = prompt.tokens(0, prompt.whole - 1)
-        labels[prompt.length - 1 : prompt.whole - 1] = prompt.answer
+        inputs[: len(ids) - 1] = ids[:-1]
+        labels[: len(ids) - 1] = np.where(np.isin(kinds, self._learnt), ids, IGNORED)[1:]
         return {"input_ids": torch.from_numpy(inputs), "shift_labels": torch.from_numpy(labels)}
+
+    def _draft(self, prompts: PasskeyPrompts, number: int, keys: int, rewrites: int) -> Draft:
+        questions = keys if self.all_asked else 1
+        return prompts.draft(number, keys=keys, rewrites=rewrites, questions=questions)
 
     def _check(self) -> None:
         """Raise ValueError where the shortest rows have no room for the plainest prompts."""
@@ -407,16 +445,15 @@ def _room(draft: Draft, length: int) -> int:
     return length - draft.shortest - (len(draft.answer) - 1)
 
 
-def _piece(text: str, kind: int, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Piece:
-    starts, stops = np.array(offsets).T
-    digits_before = np.cumsum([0, *map(str.isdigit, text)])
-    has_digits = digits_before[stops] > digits_before[starts]
-    return Piece(np.array(ids), np.where(has_digits, DIGITS, kind).astype(np.int8))
+def _piece(text: Marked, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Piece:
+    characters = np.repeat([kind for _, kind in text], [len(part) for part, _ in text])
+    starts = [start for start, _ in offsets]
+    return Piece(np.array(ids), np.maximum.reduceat(characters, starts).astype(np.int8))
 
 
 def _moved(question: Piece, answer: Piece) -> tuple[Piece, Piece]:
     """Question and answer; a space that is a token by itself belongs to the question."""
-    first = int(np.argmax(answer.kinds == DIGITS))
+    first = int(np.argmax(answer.kinds == ANSWER))
     asked = np.concatenate([question.ids, answer.ids[:first]])
     return _alike(asked, QUESTION), _alike(answer.ids[first:], ANSWER)
 

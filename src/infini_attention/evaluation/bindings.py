@@ -44,6 +44,7 @@ class Setting:
     bindings: int = 64
     head_dim: int = 64
     segments: int = 16
+    normalization: str = "sum"
 
     @property
     def segment_length(self) -> int:
@@ -152,7 +153,9 @@ def measure(setting: Setting, *, trials: int, seed: int) -> Measurement:
     state = _write(written_keys, written_values, setting)
 
     probes = torch.arange(0, setting.bindings, max(1, setting.bindings // PROBES))
-    read = state.read(keys[:, None, probes], feature_map=setting.feature_map)[:, 0]
+    read = state.read(
+        keys[:, None, probes], feature_map=setting.feature_map, normalization=setting.normalization
+    )[:, 0]
     nearest = _nearest(read, written_values)
     newest = probes + written_values.shape[1] - setting.bindings
     return Measurement(
@@ -205,6 +208,7 @@ def _write(keys: Tensor, values: Tensor, setting: Setting) -> MemoryState:
         segment_length=setting.segment_length,
         update_rule=setting.update_rule,
         feature_map=setting.feature_map,
+        normalization=setting.normalization,
     )
     return state
 

@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from infini_attention.ops import feature_maps
-from infini_attention.ops.infini import EMPTY_MEMORY, UPDATE_RULES
+from infini_attention.ops.infini import EMPTY_MEMORY, memory_map
 from infini_attention.ops.options import check_choice
 
 
@@ -17,6 +16,8 @@ class InfiniConfigMixin:
         segment_length: N, tokens a segment.
         update_rule: "linear" or "delta".
         feature_map: a name of `infini_attention.ops.feature_maps`.
+        normalization: of what memory answers: "sum", "root", "none" or "unit"; see
+            `infini_attention.ops.infini_attention`.
         empty_memory: "local" or "gated"; see `infini_attention.ops.infini_attention`.
         infini_layers: indices of the layers that have a memory. None stands for every full-attention layer
             and every sliding-window layer whose window is at least `segment_length` (such a window never
@@ -31,6 +32,7 @@ class InfiniConfigMixin:
     segment_length: int = 2048
     update_rule: str = "linear"
     feature_map: str = "elu1"
+    normalization: str = "sum"
     empty_memory: str = "local"
     infini_layers: list[int] | None = None
     gate_init: int | float = 0.0
@@ -46,14 +48,8 @@ class InfiniConfigMixin:
         """Raise ValueError for fields that cannot be right."""
         if self.segment_length < 1:
             raise ValueError(f"segment_length is {self.segment_length}; give a whole number of at least 1")
-        check_choice("update_rule", self.update_rule, UPDATE_RULES)
+        memory_map(self.update_rule, self.feature_map, self.normalization)
         check_choice("empty_memory", self.empty_memory, EMPTY_MEMORY)
-        check_choice("feature_map", self.feature_map, feature_maps.names())
-        if self.update_rule == "delta" and not feature_maps.get(self.feature_map).nonnegative:
-            raise ValueError(
-                f"feature_map {self.feature_map!r} can be negative, and the delta rule diverges with it; "
-                "choose a non-negative map such as 'elu1', or update_rule='linear'"
-            )
         if not math.isfinite(self.gate_init):
             raise ValueError(f"gate_init is {self.gate_init}; give a finite logit, such as -4.0")
         if getattr(self, "use_bidirectional_attention", None):

@@ -1,6 +1,6 @@
-"""observe(): what the memories of a model do in one forward pass."""
+"""observe() and token_shares(): what the memories of a model do in a forward pass, in all and by token."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -85,9 +85,7 @@ def observe(model: Any, inputs: dict[str, Any]) -> Observation:
         seen[attention] = _look(attention, arguments, settings)
 
     with _evaluation(model):
-        with ExitStack() as hooks:
-            for attention in attentions:
-                hooks.enter_context(attention.register_forward_pre_hook(look, with_kwargs=True))
+        with _looking(attentions, look):
             loss = _loss(model, inputs)
         with memory_off(model):
             loss_memory_off = _loss(model, inputs)
@@ -104,6 +102,26 @@ def observe(model: Any, inputs: dict[str, Any]) -> Observation:
         loss=loss,
         loss_memory_off=loss_memory_off,
     )
+
+
+@contextmanager
+def token_shares(model: Any, take: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Inside the `with`, hand `take` every memory's share of what its layer puts out, token by token.
+
+    It is called with the layer's number and its share, (batch, length, heads) fp32, in every forward pass:
+    ||g A_mem|| / (||g A_mem|| + ||(1 - g) A_dot||) of equation 10, the norms over head_dim, and 0 where
+    there is no memory to read. Attention is computed three times instead of once.
+
+    Raises ValueError for a model without memories.
+    """
+
+    def look(attention: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
+        before, settings = _before(attention, settings)
+        memory_part, local_part, _ = _parts(attention, before, arguments, settings)
+        take(attention.layer_idx, _share(memory_part, local_part, dim=3))
+
+    with _looking(_attentions(model), look):
+        yield
 
 
 def _attentions(model: nn.Module) -> list[InfiniAttentionMixin]:
@@ -139,15 +157,25 @@ def _loss(model: Any, inputs: dict[str, Any]) -> float:
     return float(model(**own, loss_chunk=LOSS_CHUNK).loss)
 
 
+@contextmanager
+def _looking(
+    attentions: list[InfiniAttentionMixin],
+    look: Callable[[Any, tuple[Any, ...], dict[str, Any]], None],
+) -> Iterator[None]:
+    """Inside the `with`, `look` is called before each of the attentions, with what that is called with."""
+    with ExitStack() as hooks:
+        for attention in attentions:
+            hooks.enter_context(attention.register_forward_pre_hook(look, with_kwargs=True))
+        yield
+
+
 def _look(
     attention: InfiniAttentionMixin, arguments: tuple[Any, ...], settings: dict[str, Any]
 ) -> tuple[Tensor, ...]:
     """Share (heads,), norm of M, largest of z and saturation (kv_heads,) of a call, just before it."""
-    settings = dict(settings)
-    cache = pop_cache(settings)
-    before = InfiniCache(attention.config) if cache is None else cache
-    from_memory, state = _attended(attention, OPEN, before, arguments, settings)
-    local, _ = _attended(attention, SHUT, before, arguments, settings)
+    before, settings = _before(attention, settings)
+    memory_part, local_part, state = _parts(attention, before, arguments, settings)
+    share = _share(memory_part, local_part, dim=(0, 1, 3))
 
     hidden_states = arguments[0] if arguments else settings["hidden_states"]
     _, keys, values = attention._project(hidden_states)
@@ -155,12 +183,36 @@ def _look(
     new = state.length - state.open_length - (0 if start is None else start.length)  # tokens that went into M
     rows = _rows(settings["segment_context"], *hidden_states.shape[:2])
     written = [row[: max(count, 0)] for row, count in zip(rows, new.tolist(), strict=True)]
-    saturation = _saturation(keys, values, written, state, attention.config.feature_map)
+    saturation = _saturation(keys, values, written, state, attention.config)
 
     filled = state.normalizer.any(dim=-1)  # (rows, kv_heads)
     memory_norm = _mean(torch.linalg.matrix_norm(state.memory), filled)
     normalizer = _mean(state.normalizer.amax(dim=-1), filled)
-    return _share(from_memory, local, _logits(attention)), memory_norm, normalizer, saturation
+    return share, memory_norm, normalizer, saturation
+
+
+def _before(attention: Any, settings: dict[str, Any]) -> tuple[InfiniCache, dict[str, Any]]:
+    """The cache that a call goes on from, and its other arguments."""
+    others = dict(settings)
+    cache = pop_cache(others)
+    return InfiniCache(attention.config) if cache is None else cache, others
+
+
+def _parts(
+    attention: Any, before: InfiniCache, arguments: tuple[Any, ...], settings: dict[str, Any]
+) -> tuple[Tensor, Tensor, MemoryState]:
+    """g A_mem and (1 - g) A_dot, (batch, length, heads, head_dim) fp32, and the state after the call.
+
+    Both are 0 where there is no memory to read.
+    """
+    from_memory, state = _attended(attention, OPEN, before, arguments, settings)
+    local, _ = _attended(attention, SHUT, before, arguments, settings)
+    logits = _logits(attention).to(local.device)
+    from_memory, local = (x.float().unflatten(-1, (len(logits), -1)) for x in (from_memory, local))
+    # An empty memory answers with what is local, or with 0.
+    had_memory = (from_memory != local).any(dim=-1, keepdim=True) & from_memory.any(dim=-1, keepdim=True)
+    gates = logits.sigmoid()[:, None]
+    return gates * from_memory * had_memory, (1 - gates) * local * had_memory, state
 
 
 def _attended(
@@ -189,17 +241,11 @@ def _attended(
     return outputs[0], state
 
 
-def _share(from_memory: Tensor, local: Tensor, logits: Tensor) -> Tensor:
-    """(heads,) the memory's part, where A_mem is `from_memory` and A_dot `local`."""
-    heads = len(logits)
-    from_memory, local = (x.float().unflatten(-1, (heads, -1)) for x in (from_memory, local))
-    # An empty memory answers with what is local, or with 0.
-    had_memory = (from_memory != local).any(dim=-1, keepdim=True) & from_memory.any(dim=-1, keepdim=True)
-    gates = logits.to(local.device).sigmoid()
-    memory_part = gates * _norm(from_memory * had_memory)
-    local_part = (1 - gates) * _norm(local * had_memory)
-    both = memory_part + local_part
-    return torch.where(both > 0, memory_part / both, 0)
+def _share(memory_part: Tensor, local_part: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """The memory's part in both, by norms over `dim`; 0 where both are 0."""
+    of_memory, of_local = (torch.linalg.vector_norm(part, dim=dim) for part in (memory_part, local_part))
+    both = of_memory + of_local
+    return torch.where(both > 0, of_memory / both, 0)
 
 
 def _rows(context: SegmentContext, batch: int, length: int) -> list[Tensor]:
@@ -213,15 +259,16 @@ def _rows(context: SegmentContext, batch: int, length: int) -> list[Tensor]:
 
 
 def _saturation(
-    keys: Tensor, values: Tensor, written: list[Tensor], state: MemoryState, feature_map: str
+    keys: Tensor, values: Tensor, written: list[Tensor], state: MemoryState, config: Any
 ) -> Tensor:
     """(kv_heads,) from keys and values (batch, kv_heads, length, dim), and the places of each row in M."""
     keys, values = (x.transpose(0, 1).flatten(1, 2) for x in (keys, values))
+    how = {"feature_map": config.feature_map, "normalization": config.normalization}
     recalled = []
     for row, tokens in enumerate(written):
         if len(tokens):
             memory = state.select(torch.tensor([row]))
-            answers = memory.read(keys[None, :, tokens], feature_map=feature_map)[0]
+            answers = memory.read(keys[None, :, tokens], **how)[0]
             recalled.append(_correlation(answers, values[:, tokens].to(answers.dtype)))
     if not recalled:
         return keys.new_zeros(len(keys))
@@ -232,11 +279,6 @@ def _correlation(x: Tensor, y: Tensor) -> Tensor:
     """(kv_heads,) over all entries of (kv_heads, tokens, dim), around each tensor's mean token."""
     x, y = ((x - x.mean(dim=1, keepdim=True)).flatten(1) for x in (x, y))
     return F.cosine_similarity(x, y, dim=1)
-
-
-def _norm(x: Tensor) -> Tensor:
-    """(heads,) norm of `x` (batch, length, heads, head_dim)."""
-    return torch.linalg.vector_norm(x, dim=(0, 1, 3))
 
 
 def _mean(x: Tensor, filled: Tensor) -> Tensor:

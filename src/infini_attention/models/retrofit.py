@@ -18,6 +18,7 @@ def retrofit(
     segment_length: int,
     update_rule: str = "linear",
     feature_map: str = "elu1",
+    normalization: str = "sum",
     empty_memory: str = "local",
     layers: list[int] | None = None,
     gate_init: float = -4.0,
@@ -33,6 +34,8 @@ def retrofit(
         segment_length: N, tokens a segment.
         update_rule: "linear" or "delta".
         feature_map: a name of `infini_attention.ops.feature_maps`.
+        normalization: of what memory answers: "sum", "root", "none" or "unit"; see
+            `infini_attention.ops.infini_attention`.
         empty_memory: "local" or "gated"; see `infini_attention.ops.infini_attention`.
         layers: indices of the layers that get a memory; default every layer with full attention, and every
             one whose sliding window is at least `segment_length`.
@@ -55,6 +58,7 @@ def retrofit(
         "segment_length": segment_length,
         "update_rule": update_rule,
         "feature_map": feature_map,
+        "normalization": normalization,
         "empty_memory": empty_memory,
         "infini_layers": layers,
         "gate_init": gate_init,

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infini_attention.ops import feature_maps
-from infini_attention.ops.infini import UPDATE_RULES
-from infini_attention.ops.options import autocast_type, check_choice
-from infini_attention.ops.state import MemoryState, denominator
+from infini_attention.ops.infini import memory_map
+from infini_attention.ops.normalization import denominator
+from infini_attention.ops.options import autocast_type
+from infini_attention.ops.state import MemoryState
 
 
 def incoming_state(
@@ -37,6 +37,7 @@ def incoming_state(
     segment_length: int,
     update_rule: str = "linear",
     feature_map: str = "elu1",
+    normalization: str = "sum",
     segment_weights: Tensor | None = None,
     state: MemoryState | None = None,
     group: "dist.ProcessGroup",
@@ -55,6 +56,7 @@ def incoming_state(
         segment_length: N, tokens a segment.
         update_rule: "linear" or "delta".
         feature_map: sigma, a name of `ops.feature_maps`.
+        normalization: as in `infini_attention`.
         segment_weights: (batch, segments of this run): how often each counts in memory.
         state: the tokens before the whole sequences, on the first rank only, with no segment open.
         group: the ranks, in the order of their runs.
@@ -63,11 +65,11 @@ def incoming_state(
         MemoryState with no segment open, in fp32 (fp64 where the inputs are).
 
     Raises:
-        ValueError: an unknown update rule or feature map; a state on another rank than the first, or of
-            another kind than the inputs need; a run that ends inside a segment before the last rank.
+        ValueError: an update rule, feature map or normalization that `infini_attention` refuses; a state on
+            another rank than the first, or of another kind than the inputs need; a run that ends inside a
+            segment before the last rank.
     """
-    check_choice("update_rule", update_rule, UPDATE_RULES)
-    sigma, rank = feature_maps.get(feature_map), dist.get_rank(group)
+    sigma, rank = memory_map(update_rule, feature_map, normalization), dist.get_rank(group)
     start = MemoryState.before(key, value, segment_length=segment_length, feature_map=feature_map)
     if state is not None:
         _check_state(state, start, rank)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from infini_attention.ops import feature_maps
 from infini_attention.ops.layout import Layout, plan
+from infini_attention.ops.normalization import normalized
 from infini_attention.ops.options import Inputs, Options, autocast_type, check_choice
 from infini_attention.ops.parallel import parallel
 from infini_attention.ops.reference import reference
@@ -35,6 +36,7 @@ def infini_attention(
     local_key: Tensor | None = None,
     update_rule: str = "linear",
     feature_map: str = "elu1",
+    normalization: str = "sum",
     empty_memory: str = "local",
     state: MemoryState | None = None,
     padding_mask: Tensor | None = None,
@@ -61,6 +63,9 @@ def infini_attention(
         local_key: `key` with position embedding; default `key`.
         update_rule: "linear", equation (8), or "delta", equation (9).
         feature_map: sigma, a name of `ops.feature_maps`.
+        normalization: of what memory answers to a query q: "sum", sigma(q) M / (sigma(q) z), equation (7);
+            "root", sigma(q) M / sqrt(sigma(q) z); "none", sigma(q) M; "unit", the same with features of
+            queries and keys scaled to length 1. The delta rule takes "sum" alone.
         empty_memory: "local": while memory holds nothing, local attention alone is the output;
             "gated": the literal equation (10), in which it is shrunk to its share.
         state: the tokens so far, from an earlier call; None starts afresh.
@@ -84,8 +89,8 @@ def infini_attention(
     """
     local_query = query if local_query is None else local_query
     local_key = key if local_key is None else local_key
-    sigma = feature_maps.get(feature_map)
-    _check_names(update_rule, sigma, empty_memory)
+    sigma = memory_map(update_rule, feature_map, normalization)
+    check_choice("empty_memory", empty_memory, EMPTY_MEMORY)
     _check_shapes(query, key, value, gate, local_query, local_key)
     _check_numbers(segment_length, scale, softcap)
     _check_masks(query, padding_mask, cu_seqlens)
@@ -125,29 +130,58 @@ def infini_attention(
         segment_length=segment_length,
         update_rule=update_rule,
         feature_map=sigma,
+        normalization=normalization,
         empty_memory=empty_memory,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap,
     )
     inputs = Inputs(query, key, value, local_query, local_key, gate, segment_weights)
     with torch.autocast(autocast_type(query.device), enabled=False):
-        return _backend(backend, query, value)(inputs, layout, state, options)
+        return _backend(backend, query, value, normalization)(inputs, layout, state, options)
+
+
+def memory_map(update_rule: str, feature_map: str, normalization: str) -> feature_maps.FeatureMap:
+    """The map by which queries and keys reach such a memory; ValueError unless the three go together."""
+    sigma = normalized(feature_maps.get(feature_map), normalization)
+    check_choice("update_rule", update_rule, UPDATE_RULES)
+    if update_rule == "delta" and not sigma.nonnegative:
+        raise ValueError(
+            f"feature_map {feature_map!r} can be negative, and the delta rule diverges with it; "
+            "choose a non-negative map such as 'elu1', or update_rule='linear'"
+        )
+    if update_rule == "delta" and normalization != "sum":
+        raise ValueError(
+            f"normalization is {normalization!r}, and the delta rule diverges with it: a segment would take "
+            "out more than there is; choose normalization='sum', or update_rule='linear'"
+        )
+    if normalization == "root" and not sigma.nonnegative:
+        raise ValueError(
+            f"feature_map {feature_map!r} can be negative, and normalization 'root' takes the root of a sum "
+            "of its features; choose a non-negative map such as 'elu1', or another normalization"
+        )
+    return sigma
 
 
 def choose_backend(
-    device: torch.device | str, *, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128
+    device: torch.device | str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
+    normalization: str = "sum",
 ) -> tuple[str, str]:
     """The backend that "auto" takes for such tensors on `device`, and the reason in words."""
-    reason = obstacle(torch.device(device), dtype, head_dim)
+    reason = obstacle(torch.device(device), dtype, head_dim, normalization)
     if reason is None:
         return "triton", "fused kernels for NVIDIA GPUs"
     return "parallel", f"all segments at once in torch, because {reason}"
 
 
-def _backend(name: str, query: Tensor, value: Tensor) -> Backend:
+def _backend(name: str, query: Tensor, value: Tensor, normalization: str) -> Backend:
     check_choice("backend", name, ("auto", *BACKENDS))
     head_dim = max(query.shape[-1], value.shape[-1])
-    reason = obstacle(query.device, query.dtype, head_dim) if name in ("auto", "triton") else None
+    reason = None
+    if name in ("auto", "triton"):
+        reason = obstacle(query.device, query.dtype, head_dim, normalization)
     if name == "triton" and reason is not None:
         raise ValueError(f"backend is 'triton', but {reason}; use backend='auto'")
     if name == "auto" and reason is not None:
@@ -168,16 +202,6 @@ def _triton(
     from infini_attention.ops.triton.backend import fused
 
     return fused(inputs, layout, state, options)
-
-
-def _check_names(update_rule: str, sigma: feature_maps.FeatureMap, empty_memory: str) -> None:
-    check_choice("update_rule", update_rule, UPDATE_RULES)
-    check_choice("empty_memory", empty_memory, EMPTY_MEMORY)
-    if update_rule == "delta" and not sigma.nonnegative:
-        raise ValueError(
-            f"feature_map {sigma.name!r} can be negative, and the delta rule diverges with it; "
-            "choose a non-negative map such as 'elu1', or update_rule='linear'"
-        )
 
 
 def _check_shapes(

@@ -12,11 +12,15 @@ from infini_attention.ops.state import MemoryState
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of one call, all checked; names as in `infini_attention`."""
+    """Settings of one call, all checked; names as in `infini_attention`.
+
+    `feature_map` is the one that `normalized` gives: backends need not know that one normalization scales it.
+    """
 
     segment_length: int
     update_rule: str
     feature_map: FeatureMap
+    normalization: str
     empty_memory: str
     scale: float
     softcap: float | None

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from infini_attention.ops.layout import Layout, Output, Stretches, Whole
 from infini_attention.ops.local import continued, local_attention
+from infini_attention.ops.normalization import denominator, read
 from infini_attention.ops.options import Inputs, Options
-from infini_attention.ops.state import MemoryState, denominator, is_empty, read
+from infini_attention.ops.state import MemoryState, is_empty
 
 WholeSegments = Callable[[Inputs, Whole, MemoryState, Options], tuple[Tensor, MemoryState]]
 
@@ -135,7 +136,7 @@ def _open_segment(
 
     new_values = _weighted(values, inputs)
     if options.update_rule == "delta":
-        new_values = new_values - read(keys, state.memory, state.normalizer)
+        new_values = new_values - read(keys, state.memory, state.normalizer, options.normalization)
     pending = replace(
         state,
         pending_memory=state.pending_memory + keys.transpose(-1, -2) @ new_values,
@@ -238,7 +239,7 @@ def _mix(inputs: Inputs, local: Tensor, memory: Tensor, normalizer: Tensor, opti
     runs, heads, length, _ = inputs.query.shape
     features = options.feature_map(inputs.query.to(memory.dtype))
     grouped = features.reshape(runs, memory.shape[1], -1, features.shape[-1])  # a group reads one memory
-    from_memory = read(grouped, memory, normalizer).reshape(runs, heads, length, -1)
+    from_memory = read(grouped, memory, normalizer, options.normalization).reshape(runs, heads, length, -1)
 
     share = torch.sigmoid(inputs.gate.to(memory.dtype)).view(1, heads, 1, 1)
     if options.empty_memory == "local":

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from infini_attention.ops.layout import Layout
 from infini_attention.ops.local import continued, local_attention
+from infini_attention.ops.normalization import read
 from infini_attention.ops.options import Inputs, Options
-from infini_attention.ops.state import MemoryState, is_empty, read
+from infini_attention.ops.state import MemoryState, is_empty
 
 
 def reference(
@@ -70,7 +71,7 @@ def _piece(inputs: Inputs, column: int, state: MemoryState, options: Options) ->
 
     # (7) read the memory of all earlier segments
     heads_M, heads_z = M.repeat_interleave(group, dim=1), z.repeat_interleave(group, dim=1)
-    A_mem = read(sigma_q, heads_M, heads_z)
+    A_mem = read(sigma_q, heads_M, heads_z, options.normalization)
 
     # (10) mix; an empty memory has no share, unless the paper's literal form is asked for
     share = torch.sigmoid(inputs.gate.to(dtype))[None, :, None, None]
@@ -82,7 +83,7 @@ def _piece(inputs: Inputs, column: int, state: MemoryState, options: Options) ->
     weight = 1 if inputs.segment_weights is None else inputs.segment_weights[0, column]
     values = weight * V
     if options.update_rule == "delta":
-        values = values - read(sigma_k, M, z)
+        values = values - read(sigma_k, M, z, options.normalization)
     pending_memory = state.pending_memory + sigma_k.transpose(-1, -2) @ values
     pending_normalizer = state.pending_normalizer + (weight * sigma_k).sum(dim=2)
 

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infini_attention.ops import feature_maps
-
-DENOMINATOR_FLOOR = 1e-30  # far below any sum of features that carries information, far above fp32 underflow
+from infini_attention.ops.normalization import normalized, read
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -21,24 +20,6 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 def is_empty(normalizer: Tensor) -> Tensor:
     """(...,) bool: True where the memory whose `normalizer` is (..., feature_dim) holds nothing yet."""
     return (normalizer == 0).all(dim=-1)
-
-
-def denominator(features: Tensor, normalizer: Tensor) -> Tensor:
-    """sigma(X) z, (..., length, 1); infinite where it is zero, as it is where the memory is empty.
-
-    Dividing by it therefore finds nothing where nothing is stored, and with a zero gradient.
-    """
-    product = features @ normalizer.unsqueeze(-1)
-    return torch.where(product.abs() < DENOMINATOR_FLOOR, float("inf"), product)
-
-
-def read(features: Tensor, memory: Tensor, normalizer: Tensor) -> Tensor:
-    """Equation (7): sigma(Q) M / (sigma(Q) z); zero where the memory is empty.
-
-    `features` (..., length, feature_dim), `memory` (..., feature_dim, value_dim),
-    `normalizer` (..., feature_dim); returns (..., length, value_dim).
-    """
-    return features @ memory / denominator(features, normalizer)
 
 
 @dataclass
@@ -148,16 +129,17 @@ class MemoryState:
         """Size of all tensors in bytes."""
         return sum(getattr(self, name).nbytes for name in _tensor_names())
 
-    def read(self, query: Tensor, *, feature_map: str = "elu1") -> Tensor:
-        """What `memory` answers to un-rotated queries, by equation (7).
+    def read(self, query: Tensor, *, feature_map: str = "elu1", normalization: str = "sum") -> Tensor:
+        """What `memory` answers to un-rotated queries, by equation (7); see `ops.normalization`.
 
         `query` is (batch, heads, length, head_dim), `heads` a multiple of the state's kv_heads.
         Returns (batch, heads, length, value_dim) in the state's dtype; zero where memory is empty.
         """
         batch, heads, length, _ = query.shape
-        features = feature_maps.get(feature_map)(query.to(self.memory.dtype))
+        sigma = normalized(feature_maps.get(feature_map), normalization)
+        features = sigma(query.to(self.memory.dtype))
         grouped = features.reshape(batch, self.memory.shape[1], -1, features.shape[-1])
-        return read(grouped, self.memory, self.normalizer).reshape(batch, heads, length, -1)
+        return read(grouped, self.memory, self.normalizer, normalization).reshape(batch, heads, length, -1)
 
     def after_whole_segments(
         self, memory: Tensor, normalizer: Tensor, segments: Sequence[int]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from infini_attention.ops import feature_maps
 from infini_attention.ops.local import local_attention
-from infini_attention.ops.state import MemoryState, is_empty, read, state_dtype
+from infini_attention.ops.normalization import normalized, read
+from infini_attention.ops.state import MemoryState, is_empty, state_dtype
 
 
 @dataclass
@@ -134,6 +135,7 @@ def infini_attention_step(
     local_key: Tensor,
     update_rule: str = "linear",
     feature_map: str = "elu1",
+    normalization: str = "sum",
     empty_memory: str = "local",
     scale: float,
     softcap: float | None = None,
@@ -153,8 +155,9 @@ def infini_attention_step(
         layer: which of the buffers' layers this is.
         local_query: see `query`.
         local_key: see `key`.
-        update_rule: as in `infini_attention`, and so are `feature_map`, `empty_memory` and `softcap`.
+        update_rule: as in `infini_attention`, and so are the next three and `softcap`.
         feature_map: see there.
+        normalization: see there.
         empty_memory: see there.
         scale: of local scores.
         softcap: see there.
@@ -185,16 +188,17 @@ def infini_attention_step(
         mask=visible,
     )
 
-    sigma = feature_maps.get(feature_map)
+    sigma = normalized(feature_maps.get(feature_map), normalization)
     features = sigma(grouped(query).to(memory.dtype))
     share = torch.sigmoid(gate.to(memory.dtype)).view(1, kv_heads, -1, 1)
     if empty_memory == "local":
         share = torch.where(is_empty(normalizer)[..., None, None], 0, share)
-    output = torch.lerp(local.to(memory.dtype), read(features, memory, normalizer), share)
+    from_memory = read(features, memory, normalizer, normalization)
+    output = torch.lerp(local.to(memory.dtype), from_memory, share)
 
     key_features, new_values = sigma(key.to(memory.dtype)), value.to(memory.dtype)
     if update_rule == "delta":
-        new_values = new_values - read(key_features, memory, normalizer)
+        new_values = new_values - read(key_features, memory, normalizer, normalization)
     key_features = key_features * buffers.active[:, None, None, None]
     buffers.pending_memory[layer].add_(key_features.transpose(-1, -2) * new_values)
     buffers.pending_normalizer[layer].add_(key_features.squeeze(2))

@@ -28,6 +28,7 @@ class Fingerprint:
         segment_length: N.
         update_rule: of the memory.
         feature_map: of the memory.
+        normalization: of what the memory answers.
         empty_memory: how a head reads a memory that holds nothing yet.
         dtype: of the model, such as "bfloat16".
     """
@@ -39,6 +40,7 @@ class Fingerprint:
     segment_length: int
     update_rule: str
     feature_map: str
+    normalization: str
     empty_memory: str
     dtype: str
 
@@ -71,6 +73,7 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> F
         segment_length=config.segment_length,
         update_rule=config.update_rule,
         feature_map=config.feature_map,
+        normalization=config.normalization,
         empty_memory=config.empty_memory,
         dtype=str(model.dtype).removeprefix("torch."),
     )

@@ -28,7 +28,7 @@ from torch import Tensor
 from infini_attention.ops.state import state_dtype
 from infini_attention.streaming.fingerprint import Fingerprint
 
-KIND, FORMAT = "infini-attention state", 1
+KIND, FORMAT = "infini-attention state", 2
 MOST_HEADER = 2**20  # bytes
 BLOCK = 2**20  # bytes that are read at once
 MOST_NUMBER, MOST_DIMENSIONS = 2**62, 5

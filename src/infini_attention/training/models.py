@@ -19,6 +19,7 @@ def make_model(recipe: ModelRecipe, vocab_size: int) -> Any:
         "segment_length": recipe.segment_length,
         "update_rule": recipe.update_rule,
         "feature_map": recipe.feature_map,
+        "normalization": recipe.normalization,
         "empty_memory": recipe.empty_memory,
     }
     if recipe.base is None:
@@ -43,7 +44,15 @@ def make_model(recipe: ModelRecipe, vocab_size: int) -> Any:
 
 def _refuse_memory_settings(recipe: ModelRecipe) -> None:
     """Raise ValueError for settings of a memory that a base with memories has already."""
-    names = ("segment_length", "update_rule", "feature_map", "empty_memory", "layers", "gate_init")
+    names = (
+        "segment_length",
+        "update_rule",
+        "feature_map",
+        "normalization",
+        "empty_memory",
+        "layers",
+        "gate_init",
+    )
     given = [name for name in names if getattr(recipe, name) != getattr(ModelRecipe(), name)]
     if given:
         raise ValueError(

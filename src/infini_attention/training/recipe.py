@@ -23,6 +23,7 @@ class ModelRecipe:
         segment_length: Tokens a segment.
         update_rule: linear or delta.
         feature_map: Of the memory.
+        normalization: Of what the memory answers: sum, root, none or unit.
         empty_memory: local or gated.
         layers: That get a memory; by default all that can have one.
         gate_init: Logit of every gate; by default 0 for fresh weights and -4 for a retrofit.
@@ -35,6 +36,7 @@ class ModelRecipe:
     segment_length: int = 2048
     update_rule: str = "linear"
     feature_map: str = "elu1"
+    normalization: str = "sum"
     empty_memory: str = "local"
     layers: list[int] | None = None
     gate_init: float | None = None
@@ -65,10 +67,12 @@ class PasskeyRecipe:
     Attributes:
         examples: How many there are.
         least_segments: Of a batch.
-        most_segments: Of a batch; the number is drawn uniformly.
+        most_segments: Of a batch; the number is drawn with a uniform logarithm.
         variants: paper, landmark, varied or numbers, each with its weight in the draw.
         most_keys: Keys in a prompt, drawn uniformly from 1 up.
         most_rewrites: Other values that the key asked for had before, drawn uniformly from 0 up.
+        all_asked: Every key in a prompt is asked for.
+        sentences: Beside the answers, the words of keys and questions are learnt.
         prose: What stands around the keys of varied.
     """
 
@@ -78,6 +82,8 @@ class PasskeyRecipe:
     variants: dict[str, float] = field(default_factory=lambda: {"paper": 1.0})
     most_keys: int = 1
     most_rewrites: int = 0
+    all_asked: bool = False
+    sentences: bool = False
     prose: Documents | None = None
 
 

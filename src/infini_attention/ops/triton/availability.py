@@ -11,12 +11,14 @@ MAX_HEAD_DIM = 256
 
 
 @torch.compiler.assume_constant_result
-def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, normalization: str) -> str | None:
     """Why the fused kernels cannot take such tensors on `device`, in words; None when they can."""
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the fused kernels have no {dtype}"
     if head_dim > MAX_HEAD_DIM:
         return f"the fused kernels take a head_dim of at most {MAX_HEAD_DIM}, not {head_dim}"
+    if normalization != "sum":
+        return f"the fused kernels have no normalization {normalization!r}, only 'sum'"
     return _missing(device)
 
 

@@ -17,7 +17,7 @@ blocks.
 import triton
 import triton.language as tl
 
-FLOOR = tl.constexpr(1e-30)  # ops.state.DENOMINATOR_FLOOR
+FLOOR = tl.constexpr(1e-30)  # ops.normalization.DENOMINATOR_FLOOR
 
 
 @triton.jit
