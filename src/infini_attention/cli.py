@@ -576,6 +576,34 @@ def study(
         sys.exit(1)
 
 
+def tokenizer(
+    documents: str,
+    output: Path,
+    *,
+    vocab_size: int = 2048,
+    data_files: list[str] | None = None,
+    column: str = "text",
+    max_documents: int | None = None,
+) -> None:
+    """Train a byte-level BPE tokenizer on documents, with every digit a token by itself.
+
+    Args:
+        documents: A file, a pattern, shakespeare, or a corpus; what data.documents.source is in a recipe.
+        output: The folder to save it in; a recipe's data.tokenizer can name it.
+        vocab_size: Tokens, of which 256 are the bytes.
+        data_files: Local files to be read in a corpus's place.
+        column: That holds the text.
+        max_documents: How many are read at most.
+    """
+    from infini_attention.data.documents import Documents, open_documents
+    from infini_attention.data.tokenizers import train_tokenizer
+
+    chosen = Documents(documents, data_files=data_files, column=column, max_documents=max_documents)
+    pieces = (piece for document in open_documents(chosen) for piece in document.pieces)
+    train_tokenizer(pieces, vocab_size=vocab_size).save_pretrained(output)
+    print(f"{vocab_size:,} tokens in {output}")
+
+
 def doctor(*, json: bool = False) -> None:
     """Show versions, devices, the backend each device gets and why, and check that it is right.
 
@@ -597,6 +625,7 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "chat": chat,
     "state": state,
     "train": train,
+    "tokenizer": tokenizer,
     "study": study,
     "bindings": bindings,
     "passkey": passkey,

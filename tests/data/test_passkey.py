@@ -259,3 +259,27 @@ def test_keys_are_fewer_where_there_is_no_room_for_more() -> None:
         assert len(TELLING.findall(str(BYTES.decode(item["input_ids"])))) == 1
     longer = task(least_segments=6, most_segments=6, most_keys=4)
     assert {len(TELLING.findall(str(BYTES.decode(item["input_ids"])))) for item in longer} == {1, 2, 3, 4}
+
+
+def test_all_keys_are_asked_for_once_with_what_they_were_told_last() -> None:
+    asked_all = task(most_keys=3, most_rewrites=1, least_segments=8, most_segments=8, all_asked=True)
+    several = 0
+    for item in asked_all:
+        places = torch.nonzero(item["shift_labels"] != -100).flatten()
+        whole = str(BYTES.decode([*item["input_ids"][: places[-1] + 1], item["shift_labels"][places[-1]]]))
+        told = dict(TELLING.findall(whole))
+        asked = re.findall(ASKING.pattern.removesuffix("$") + r"(?=\.|$)", whole)
+        assert {name: told[name] for name, _ in asked} == dict(asked) == told
+        assert len(asked) == len(told) == len(places) / 4
+        several += len(asked) > 1
+    assert several > 20
+
+
+def test_sentences_are_learnt_but_for_what_nobody_can_know() -> None:
+    for item in task(sentences=True, least_segments=4):
+        labels = item["shift_labels"]
+        learnt = str(BYTES.decode(labels[labels != -100]))
+        telling = re.search(r"The pass key is \. Remember it\. (\d{4}) is the pass key\.", learnt)
+        assert telling is not None
+        assert learnt.endswith(f" What is the pass key? The pass key is {telling[1]}")
+        assert "grass" not in learnt

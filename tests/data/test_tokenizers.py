@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from infini_attention.data import tokenizers
 from infini_attention.data.texts import TokenBlock, token_blocks
-from infini_attention.data.tokenizers import byte_tokenizer, open_tokenizer
+from infini_attention.data.tokenizers import byte_tokenizer, open_tokenizer, train_tokenizer
 
 TOKENIZER = byte_tokenizer()
 SAMPLE = "naïve – 日本語 🙂🙂\r\n\tdon't  \x00 "
@@ -46,3 +46,23 @@ def test_bytes_is_the_name_of_the_byte_tokenizer_and_other_names_are_models(
     monkeypatch.setattr(tokenizers, "load_tokenizer", lambda name: f"that of {name}")
     assert len(open_tokenizer("bytes")) == 256
     assert open_tokenizer("smollm2") == "that of smollm2"
+
+
+TRAINED = train_tokenizer(["the cat sat on the mat in 1234 and 1299 "] * 5, vocab_size=270)
+
+
+@given(st.text())
+def test_a_trained_tokenizer_gives_any_text_back(text: str) -> None:
+    assert TRAINED.decode(TRAINED(text).input_ids) == text
+
+
+def test_training_makes_words_tokens_and_leaves_digits_apart() -> None:
+    assert len(TRAINED) == 270
+    assert TRAINED.tokenize(" the 1299") == ["Ġthe", "Ġ", "1", "2", "9", "9"]
+
+
+def test_a_vocabulary_without_room_or_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="vocab_size is 100; give at least 256"):
+        train_tokenizer(["text"], vocab_size=100)
+    with pytest.raises(ValueError, match=r"the texts give 2\d\d tokens and vocab_size is 2000"):
+        train_tokenizer(["a little text"], vocab_size=2000)

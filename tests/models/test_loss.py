@@ -19,6 +19,20 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_the_whole(model, make_t
         torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
 
 
+def test_labels_that_ask_for_little_give_the_same_loss_and_gradients(model, make_tokens):
+    tokens, wanted = make_tokens(2, 30), make_tokens(2, 30)
+    wanted[torch.rand(2, 30) < 0.8] = IGNORED
+    wanted[:, -1] = IGNORED  # labels, moved to the left, cannot ask for it
+    found = []
+    for labels in ({"shift_labels": wanted}, {"labels": wanted.roll(1, dims=1)}):
+        model.zero_grad()
+        loss = model(tokens, **labels, use_cache=False, loss_chunk=8).loss
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for ours, others in zip(*found, strict=True):
+        torch.testing.assert_close(ours, others, rtol=1e-4, atol=1e-6)
+
+
 def test_a_steps_whole_count_divides_the_loss(llama, make_tokens):
     tokens = make_tokens(2, 30)
     settings = {"labels": tokens, "use_cache": False, "num_items_in_batch": 100}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from infini_attention.training.segments import repeated_segments, some_segments
+from infini_attention.training.segments import repeated_segments, risen, some_segments
 
 
 def test_half_of_the_segments_count_once_and_none_more_than_the_ceiling() -> None:
@@ -17,6 +17,18 @@ def test_a_ceiling_of_one_repeats_nothing() -> None:
     assert (repeated_segments(3, 4, 1.0) == 1).all()
     with pytest.raises(ValueError, match=r"ceiling is 0.5"):
         repeated_segments(3, 4, 0.5)
+
+
+def test_the_ceiling_rises_by_the_same_factor_every_step() -> None:
+    assert [round(risen(100.0, 4, step), 6) for step in range(6)] == [
+        1.0,
+        3.162278,
+        10.0,
+        31.622777,
+        100.0,
+        100.0,
+    ]
+    assert risen(100.0, 0, 0) == 100.0
 
 
 def test_every_number_of_segments_comes_up() -> None:

@@ -25,8 +25,8 @@ TRIED = 16  # prompts whose room is looked at beforehand: keys differ in their n
 BATCH, ITEM = 1, 2  # what is drawn for a batch and for an item of it, beside the prompt itself
 
 BACKGROUND, HEADING, KEY, QUESTION, DIGITS, ECHO, ANSWER = range(7)
-"""Kinds of tokens: `DIGITS` are those of a value where it is told, `ECHO` those of the same value later in the
-same sentences, `ANSWER` those that are asked for. A token is of the greatest kind of its characters."""
+"""Kinds of tokens: `DIGITS` are those of a value where it is told, `ECHO` those of the same value later in
+the same sentences, `ANSWER` those that are asked for. A token is of the greatest kind of its characters."""
 
 TOLD = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "

@@ -1,8 +1,9 @@
-"""Tokenizers: bytes, which need no file and no training, and those that belong to models."""
+"""Tokenizers: bytes, which need no training, those trained here, and those that belong to models."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from infini_attention.models import load_tokenizer
@@ -24,6 +25,36 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {character: byte for byte, character in enumerate(_characters())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return _whole(tokenizer)
+
+
+def train_tokenizer(pieces: Iterable[str], *, vocab_size: int = 2048) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer trained on texts, in which every digit is a token by itself.
+
+    Any text comes back as it was. There are no special tokens, and nothing but `pieces` decides the merges.
+
+    Raises:
+        ValueError: a vocabulary with no room for the 256 bytes, or texts that hold too little to fill it.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet):
+        raise ValueError(f"vocab_size is {vocab_size}; give at least {len(alphabet)}, one for every byte")
+    tokenizer = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(pieces, trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise ValueError(
+            f"the texts give {tokenizer.get_vocab_size()} tokens and vocab_size is {vocab_size}; "
+            "give more text, or a smaller vocabulary"
+        )
+    return _whole(tokenizer)
+
+
+def _whole(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
 

@@ -27,6 +27,15 @@ def predicted(inputs: dict[str, Any]) -> Tensor:
     return (shifted(inputs.get("labels"), inputs.get("shift_labels")) != IGNORED).sum()
 
 
+def asked_for(hidden_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states (1, tokens, hidden_size) and targets (1, tokens) of places that are to predict something.
+
+    How many there are is known only when the device has counted them, so no graph can be captured over this.
+    """
+    wanted = targets != IGNORED
+    return hidden_states[wanted][None], targets[wanted][None]
+
+
 def chunked_loss(
     logits_of: Callable[[Tensor], Tensor],
     hidden_states: Tensor,

@@ -14,7 +14,7 @@ from infini_attention.models.attention import InfiniAttentionMixin, Rotation, Se
 from infini_attention.models.cache import InfiniCache, InfiniCacheLayer, InfiniStepCache
 from infini_attention.models.compat import CACHE_ARGUMENT, pop_cache
 from infini_attention.models.inputs import packed_documents, padding_of, positions_of
-from infini_attention.models.loss import chunked_loss, shifted
+from infini_attention.models.loss import asked_for, chunked_loss, shifted
 from infini_attention.models.runs import in_runs
 from infini_attention.ops import segment_positions
 from infini_attention.ops.context_parallel import check_division
@@ -339,9 +339,12 @@ class InfiniForCausalLMMixin(InfiniPreTrainedMixin):
         }
         if loss_chunk is None:
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **kwargs)  # type: ignore[misc]
-        targets = shifted(labels, kwargs.pop("shift_labels", None))
+        shift_labels = kwargs.pop("shift_labels", None)
+        targets = shifted(labels, shift_labels)
         count = kwargs.pop("num_items_in_batch", None)
         hidden = self.model(**kwargs).last_hidden_state
+        if shift_labels is not None:  # a task's, which asks for little of what is read
+            hidden, targets = asked_for(hidden, targets)
         loss = chunked_loss(self.logits_of, hidden, targets, chunk=loss_chunk, num_items_in_batch=count)
         return CausalLMOutputWithPast(loss=loss)
 

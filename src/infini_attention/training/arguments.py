@@ -15,6 +15,7 @@ class InfiniTrainingArguments(TrainingArguments):
         gate_warmup_steps: linear, of the gates alone; the body's decay follows.
         repeat_ceiling: how often a segment may count at most, drawn anew every step; 1 for never. See
             `segments.repeated_segments`.
+        repeat_warmup_steps: the ceiling grows from 1, by the same factor every step, over so many steps.
         least_segments: inputs are cut to a random number of whole segments from here up; None for never.
         curriculum_steps: the most segments that are drawn grow from `least_segments` to all over so many
             steps; 0 for all from the first.
@@ -32,6 +33,7 @@ class InfiniTrainingArguments(TrainingArguments):
     gate_learning_rate: float = field(default=1e-2)
     gate_warmup_steps: int = field(default=0)
     repeat_ceiling: float = field(default=1.0)
+    repeat_warmup_steps: int = field(default=0)
     least_segments: int | None = field(default=None)
     curriculum_steps: int = field(default=0)
     loss_chunk: int = field(default=2048)
@@ -50,7 +52,8 @@ class InfiniTrainingArguments(TrainingArguments):
         self._check_memory()
 
     def _check_memory(self) -> None:
-        for name in ("gate_learning_rate", "gate_warmup_steps", "curriculum_steps", "observe_steps"):
+        steps = ("gate_warmup_steps", "repeat_warmup_steps", "curriculum_steps", "observe_steps")
+        for name in ("gate_learning_rate", *steps):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 0")
         for name in ("least_segments", "checkpoint_segments", "detach_every", "loss_chunk"):

@@ -24,6 +24,11 @@ def repeated_segments(
     return torch.where(once, 1.0, torch.exp(spread * math.log(ceiling)))
 
 
+def risen(ceiling: float, warmup_steps: int, step: int) -> float:
+    """The ceiling at `step`: from 1 up to `ceiling`, by the same factor every step of the warmup."""
+    return ceiling if step >= warmup_steps else ceiling ** (step / warmup_steps)
+
+
 def some_segments(
     length: int, segment_length: int, least: int, *, generator: torch.Generator | None = None
 ) -> int:

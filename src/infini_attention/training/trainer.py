@@ -26,7 +26,13 @@ from infini_attention.training.carrying import CarriedMemory
 from infini_attention.training.checkpoints import damage, keep_newest, newest_checkpoint, seal, unseal
 from infini_attention.training.context import ContextShare
 from infini_attention.training.parameters import parameter_groups
-from infini_attention.training.segments import cut, most_segments, repeated_segments, some_segments
+from infini_attention.training.segments import (
+    cut,
+    most_segments,
+    repeated_segments,
+    risen,
+    some_segments,
+)
 from infini_attention.training.signals import StopAtSignal
 from infini_attention.training.throughput import Throughput
 from infini_attention.training.warnings import MemoryWarnings
@@ -258,7 +264,8 @@ class InfiniTrainer(Trainer):
         if args.repeat_ceiling > 1:
             counts = [length] * rows if documents is None else documents
             segments = max(math.ceil(count / size) for count in counts)
-            weights = repeated_segments(len(counts), segments, args.repeat_ceiling, generator=self._random)
+            ceiling = risen(args.repeat_ceiling, args.repeat_warmup_steps, self.state.global_step)
+            weights = repeated_segments(len(counts), segments, ceiling, generator=self._random)
             inputs["segment_weights"] = weights
         for name in ("checkpoint_segments", "detach_every"):
             if getattr(args, name) is not None:
