@@ -275,11 +275,10 @@ def test_all_keys_are_asked_for_once_with_what_they_were_told_last() -> None:
     assert several > 20
 
 
-def test_sentences_are_learnt_but_for_what_nobody_can_know() -> None:
-    for item in task(sentences=True, least_segments=4):
+def test_echoes_are_learnt_where_a_value_is_said_again() -> None:
+    for item in task(echoes=True, least_segments=4):
         labels = item["shift_labels"]
         learnt = str(BYTES.decode(labels[labels != -100]))
-        telling = re.search(r"The pass key is \. Remember it\. (\d{4}) is the pass key\.", learnt)
-        assert telling is not None
-        assert learnt.endswith(f" What is the pass key? The pass key is {telling[1]}")
-        assert "grass" not in learnt
+        assert len(learnt) == 8 and learnt[:4] == learnt[4:] and learnt.isdigit()
+        first = int((labels != -100).nonzero()[0])
+        assert str(BYTES.decode(item["input_ids"][: first + 1])).endswith(f"{learnt[:4]}. Remember it. ")

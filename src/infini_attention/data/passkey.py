@@ -83,7 +83,6 @@ in lines, its keys from 1 to 50,000. `varied`: the paper's sentences in real pro
 but every sentence of the filler is followed by one that says a number like a key's."""
 
 
-SENTENCES = (HEADING, KEY, QUESTION, ECHO, ANSWER)
 Marked = Sequence[tuple[str, int]]  # a text in parts, each with the kind of its characters
 
 
@@ -270,16 +269,19 @@ class PasskeyPrompts:
         told = [(asked, answer), *zip([asked] * rewrites + names, values, strict=True)]
         questioned = [*told[rewrites + 1 :][: questions - 1], told[0]]
         *before, (question, number) = [self._asked(name, value) for name, value in questioned]
-        pieces = self._pieces([self._told(name, value) for name, value in told])
-        placed = list(zip(map(float, random.random(len(values))), pieces[1:], strict=True))
-        question_piece, answer_piece = _moved(*self._pieces([question, number]))
         ending = [(f".{self.variant.ending}", QUESTION)]
+        answered = [[*words, *digits, *ending] for words, digits in before]
+        sentences = [self._told(name, value) for name, value in told]
+        pieces = self._pieces([question, number, *sentences, *answered])
+        question_piece, answer_piece = _moved(*pieces[:2])
+        told_pieces, asked_before = pieces[2:][: len(told)], pieces[2:][len(told) :]
+        placed = list(zip(map(float, random.random(len(values))), told_pieces[1:], strict=True))
         return Draft(
             heading=self._heading,
-            told=pieces[0],
+            told=told_pieces[0],
             earlier=placed[:rewrites],
             others=placed[rewrites:],
-            asked_before=self._pieces([[*words, *digits, *ending] for words, digits in before]),
+            asked_before=asked_before,
             question=question_piece,
             answer=answer_piece,
             source=self._source,
@@ -321,8 +323,6 @@ class PasskeyPrompts:
 
     def _pieces(self, texts: Sequence[Marked]) -> list[Piece]:
         """The tokens of each text, all in one call."""
-        if not texts:
-            return []
         plain = ["".join(part for part, _ in text) for text in texts]
         encoded = self._tokenizer(plain, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         of_texts = zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
@@ -348,8 +348,8 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
         most_keys: keys in a prompt, drawn uniformly from 1 up, and fewer where a prompt has no room for them.
         most_rewrites: of the key that is asked for, drawn uniformly from 0 up; likewise.
         all_asked: every key in a prompt is asked for, not one alone.
-        sentences: beside the answers, the words of heading, keys and questions are learnt, but for what
-            nobody can know: a value where it is told.
+        echoes: a value is learnt where its sentences say it again, too: attention alone can copy it there,
+            and what looks it up there looks it up in memory soon after.
         prose: real text, for `varied`; see `PasskeyPrompts`.
         seed: of all that is random.
 
@@ -370,7 +370,7 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
         most_keys: int = 1,
         most_rewrites: int = 0,
         all_asked: bool = False,
-        sentences: bool = False,
+        echoes: bool = False,
         prose: np.ndarray | TokenStore | None = None,
         seed: int = 0,
     ) -> None:
@@ -386,12 +386,14 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
         self.examples, self.segment_length = examples, segment_length
         self.least_segments, self.most_segments = least_segments, most_segments
         self.most_keys, self.most_rewrites, self.seed = most_keys, most_rewrites, seed
-        self.all_asked, self._learnt = all_asked, SENTENCES if sentences else (ANSWER,)
+        self.all_asked, self._learnt = all_asked, (ECHO, ANSWER) if echoes else (ANSWER,)
         self._chances = np.array([*variants.values()]) / sum(variants.values())
         self._prompts = [
             PasskeyPrompts(tokenizer, name, prose=prose if name == "varied" else None, seed=seed)
             for name in variants
         ]
+        named = min(2, most_keys)
+        self._first_drafts = {prompts: prompts.draft(0, keys=named) for prompts in self._prompts}
         self._check()
 
     def __len__(self) -> int:
@@ -413,8 +415,10 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
         random = np.random.default_rng((self.seed, number, ITEM))
         prompts = self._prompts[random.choice(len(self._prompts), p=self._chances)]
         keys, rewrites = random.integers((1, 0), (self.most_keys + 1, self.most_rewrites + 1)).tolist()
+        while keys + rewrites > 1 and self._needed(prompts, keys, rewrites) > length:
+            keys, rewrites = max(1, keys - 1), max(0, rewrites - 1)
         draft = self._draft(prompts, number, keys, rewrites)
-        while (room := _room(draft, length)) < 0 and keys + rewrites > 1:
+        while (room := _room(draft, length)) < 0 and keys + rewrites > 1:  # longer names than usual
             keys, rewrites = max(1, keys - 1), max(0, rewrites - 1)
             draft = self._draft(prompts, number, keys, rewrites)
         unused = int(random.integers(min(self.segment_length, room + 1)))
@@ -428,6 +432,13 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
     def _draft(self, prompts: PasskeyPrompts, number: int, keys: int, rewrites: int) -> Draft:
         questions = keys if self.all_asked else 1
         return prompts.draft(number, keys=keys, rewrites=rewrites, questions=questions)
+
+    def _needed(self, prompts: PasskeyPrompts, keys: int, rewrites: int) -> int:
+        """Tokens of a prompt with so many keys, about: as if all had the first draft's names."""
+        questions = keys if self.all_asked else 1
+        one = self._first_drafts[prompts]
+        question = len(one.question) + len(one.answer)
+        return len(one.heading) + (keys + rewrites) * len(one.told) + questions * question
 
     def _check(self) -> None:
         """Raise ValueError where the shortest rows have no room for the plainest prompts."""

@@ -73,7 +73,7 @@ def _passkeys(recipe: Recipe, chosen: PasskeyRecipe) -> Material:
     held_out: dict[str, Dataset] = {}
     for most in (chosen.most_segments, LONGER * chosen.most_segments):
         longest = {"examples": HELD_OUT_PROMPTS, "least_segments": most, "most_segments": most}
-        longest |= {"all_asked": False, "sentences": False}
+        longest |= {"all_asked": False, "echoes": False}
         held_out[f"{most}_segments"] = PasskeyTask(tokenizer, **settings | longest, seed=args.seed + 1)
     return Material(task, held_out, "exact_match", len(tokenizer), tokenizer)
 

@@ -72,7 +72,7 @@ class PasskeyRecipe:
         most_keys: Keys in a prompt, drawn uniformly from 1 up.
         most_rewrites: Other values that the key asked for had before, drawn uniformly from 0 up.
         all_asked: Every key in a prompt is asked for.
-        sentences: Beside the answers, the words of keys and questions are learnt.
+        echoes: A value is learnt where its sentences say it again, too.
         prose: What stands around the keys of varied.
     """
 
@@ -83,7 +83,7 @@ class PasskeyRecipe:
     most_keys: int = 1
     most_rewrites: int = 0
     all_asked: bool = False
-    sentences: bool = False
+    echoes: bool = False
     prose: Documents | None = None
 
 
