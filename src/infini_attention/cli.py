@@ -246,6 +246,33 @@ def passkey(
         show.plot(report, plot)
 
 
+def demo(
+    text: str = "shakespeare",
+    *,
+    tokens: int = 1 << 20,
+    depth: float = 0.0,
+    seed: int = 0,
+    reader: Reader,
+    json: bool = False,
+) -> None:
+    """Hide a pass key in a text, read on for a million tokens at constant memory, and ask for it.
+
+    Args:
+        text: A file, - for standard input, or an alias: shakespeare for all plays, or one such as hamlet.
+        tokens: Up to and including the question; a shorter text is read again from its beginning.
+        depth: Where the key is hidden, from 0 (first) to 1 (last).
+        seed: Of the key, and of where in the text reading begins.
+    """
+    from infini_attention.data.texts import open_text
+    from infini_attention.evaluation import demo_report as show
+    from infini_attention.evaluation.demo import demo as run
+
+    opened = open_text(text)
+    model, tokenizer = _loaded(reader)
+    shown = run(model, tokenizer, opened, tokens=tokens, depth=depth, seed=seed)
+    _print(shown.to_json() if json else show.tables(shown))
+
+
 def gates(
     *,
     text: str | None = None,
@@ -618,6 +645,7 @@ def doctor(*, json: bool = False) -> None:
 
 
 SUBCOMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
     "stream": stream,
     "ingest": ingest,
     "ask": ask,

@@ -139,7 +139,13 @@ def plays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_alias_stands_for_a_play(plays: Path) -> None:
     assert list(text_aliases()) == ["coriolanus", "hamlet"]
-    assert open_text("hamlet") == Text("hamlet", plays / "tragedies" / "hamlet.md")
+    assert open_text("hamlet") == Text("hamlet", (plays / "tragedies" / "hamlet.md",))
+
+
+def test_shakespeare_stands_for_all_plays_one_after_the_other(plays: Path) -> None:
+    text = open_text("shakespeare")
+    assert "".join(text.pieces(piece_bytes=3)) == "coriolanushamlet"
+    assert text.total_bytes == 16
 
 
 def test_a_file_comes_before_an_alias(plays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,7 +179,7 @@ def test_answers_of_different_lengths_stand_side_by_side() -> None:
 def test_prose_is_read_around_the_key(tmp_path: Path) -> None:
     (tmp_path / "prose.txt").write_text("To be, or not to be, that is the question. " * 9)
     model = KnowsEveryAnswer()
-    report = ask(model, variant="varied", prose=Text("prose", tmp_path / "prose.txt"), samples=1)
+    report = ask(model, variant="varied", prose=Text("prose", (tmp_path / "prose.txt",)), samples=1)
     assert report.setting.prose == "prose"
     assert b"that is the question" in bytes(model.read[0][0].tolist())
     assert report.score(LENGTH).exact_match.share == 1.0
@@ -246,7 +246,7 @@ def test_a_changed_weight_is_another_model(tmp_path: Path) -> None:
         ({"samples": 0}, "samples is 0; give at least 1"),
         ({"batch_rows": 0}, "batch_rows is 0; give at least 1"),
         ({"chunk_tokens": -1}, "chunk_tokens is -1; give at least 1"),
-        ({"prose": Text("nothing", Path("/dev/null")), "variant": "varied"}, "nothing is empty"),
+        ({"prose": Text("nothing", (Path("/dev/null"),)), "variant": "varied"}, "nothing is empty"),
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from infini_attention.data.texts import Text, text_aliases
+from infini_attention.data.texts import SHAKESPEARE, Text, text_aliases
 
 FORMS = {
     ".txt": "text",
@@ -129,7 +129,6 @@ CORPORA = {
 """
 
 
-SHAKESPEARE = "shakespeare"
 HELD_OUT_PLAYS = ("hamlet", "king-lear", "the-tempest")  # the split "validation"; the others are "train"
 
 
@@ -144,7 +143,7 @@ def open_documents(documents: Documents) -> Iterator[Document]:
     """
     origin = _origin(documents)
     if origin.form == "text":
-        found = (Document(path, Text(path, Path(path)).pieces()) for path in origin.files)
+        found = (Document(path, Text(path, (Path(path),)).pieces()) for path in origin.files)
     else:
         rows = _rows(documents, origin)
         found = (_document(row, documents.column, name) for name, row in rows)

@@ -7,6 +7,7 @@ import codecs
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -16,32 +17,34 @@ from transformers import PreTrainedTokenizerBase
 
 from infini_attention.assets import MissingAssetError, find_packaged
 
+SHAKESPEARE = "shakespeare"  # all plays
 BLOCK_CHARACTERS = 16_384
 CONTEXT_CHARACTERS = 512
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text to be read once, in pieces; `path` None is standard input."""
+    """A text to be read once, in pieces: its files one after the other; standard input where it has none."""
 
     name: str
-    path: Path | None
+    paths: tuple[Path, ...] = ()
 
     @property
     def total_bytes(self) -> int | None:
-        """The file's size in bytes; None where it is not known before the end, as in a pipe."""
-        return self.path.stat().st_size if self.path and self.path.is_file() else None
+        """The files' size in bytes; None where it is not known before the end, as in a pipe."""
+        known = self.paths and all(path.is_file() for path in self.paths)
+        return sum(path.stat().st_size for path in self.paths) if known else None
 
     def pieces(self, *, piece_bytes: int = 1 << 16) -> Iterator[str]:
         """Yield the text as it is read, about `piece_bytes` bytes at a time.
 
         Raises ValueError naming the byte offset where the text is not UTF-8.
         """
-        if self.path is None:
+        if not self.paths:
             yield from decoded_pieces(iter(lambda: sys.stdin.buffer.read(piece_bytes), b""), name=self.name)
-        else:
-            with self.path.open("rb") as file:
-                yield from decoded_pieces(iter(lambda: file.read(piece_bytes), b""), name=self.name)
+        for path in self.paths:
+            with path.open("rb") as file:
+                yield from decoded_pieces(iter(partial(file.read, piece_bytes), b""), name=path.name)
 
 
 @dataclass(frozen=True)
@@ -80,16 +83,17 @@ class TokenBlock:
 def open_text(name_or_path: str) -> Text:
     """Return the text that a path, `-` (standard input) or an alias such as `hamlet` stands for.
 
-    A file of that name comes before an alias. Raises ValueError, listing the aliases, for anything else.
+    `shakespeare` is all plays, one after the other. A file of that name comes before an alias. Raises
+    ValueError, listing the aliases, for anything else.
     """
     if name_or_path == "-":
-        return Text("standard input", None)
+        return Text("standard input")
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         raise ValueError(f"{name_or_path} is a folder; give a text file, or - for standard input")
     if path.exists():
-        return Text(path.name, path)
-    return Text(name_or_path, _play(name_or_path))
+        return Text(path.name, (path,))
+    return Text(name_or_path, _plays(name_or_path))
 
 
 def text_aliases() -> dict[str, Path]:
@@ -150,14 +154,17 @@ def in_chunks(blocks: Iterable[TokenBlock], chunk_length: int) -> Iterator[Token
     yield from waiting
 
 
-def _play(alias: str) -> Path:
+def _plays(alias: str) -> tuple[Path, ...]:
     try:
         aliases = text_aliases()
     except MissingAssetError as error:
         raise MissingAssetError(f"there is no file {alias}; for the texts known by name, {error}") from None
+    if alias == SHAKESPEARE:
+        return tuple(aliases.values())
     if alias not in aliases:
-        raise ValueError(f"there is no file {alias}; texts known by name: {', '.join(aliases)}")
-    return aliases[alias]
+        known = ", ".join([*aliases, f"{SHAKESPEARE} for all of them"])
+        raise ValueError(f"there is no file {alias}; texts known by name: {known}")
+    return (aliases[alias],)
 
 
 def decoded_pieces(pieces: Iterable[bytes], *, name: str) -> Iterator[str]:

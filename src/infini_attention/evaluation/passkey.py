@@ -184,7 +184,7 @@ def passkey(
             mode, or an output that holds something else.
     """
     _check(model, lengths, depths, samples, batch_rows, chunk_tokens)
-    ids = None if prose is None else _ids(prose, tokenizer)
+    ids = None if prose is None else tokens_of(prose, tokenizer)
     prompts = PasskeyPrompts(tokenizer, variant, prose=ids, seed=seed)
     drafts = [prompts.draft(n, keys=keys, rewrites=rewrites) for n in range(samples * len(depths))]
     _check_prompts(min(lengths), depths, drafts)
@@ -258,11 +258,11 @@ def _check_prompts(length: int, depths: Sequence[float], drafts: list[Draft]) ->
         longest.prompt(length=length, depth=depth)
 
 
-def _ids(prose: Text, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def tokens_of(text: Text, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """A text's tokens, (tokens,) int32: four bytes each are all that is held."""
-    blocks = [block.ids.numpy().astype(np.int32) for block in token_blocks(prose.pieces(), tokenizer)]
+    blocks = [block.ids.numpy().astype(np.int32) for block in token_blocks(text.pieces(), tokenizer)]
     if not blocks:
-        raise ValueError(f"{prose.name} is empty; name a text with words in it")
+        raise ValueError(f"{text.name} is empty; name a text with words in it")
     return np.concatenate(blocks)
 
 
@@ -324,7 +324,7 @@ class _Progress:
     """A bar over the tokens of all prompts."""
 
     def __init__(self, name: str, tokens: int) -> None:
-        self._bar, self._memory = StreamProgress(Text(name, None), tokens), ResidentMemory()
+        self._bar, self._memory = StreamProgress(Text(name), tokens), ResidentMemory()
         self._tokens, self._began = 0, time.perf_counter()
 
     def __enter__(self) -> "_Progress":

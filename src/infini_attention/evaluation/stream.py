@@ -210,7 +210,6 @@ def _read(
 
 def _setting(model: Any, name: str, retrofitted: bool, chunk_length: int) -> Setting:
     config = model.config
-    cached_numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim_of(config)
     gates = [module.logits.detach() for module in model.modules() if isinstance(module, MemoryGate)]
     return Setting(
         model=name,
@@ -223,5 +222,12 @@ def _setting(model: Any, name: str, retrofitted: bool, chunk_length: int) -> Set
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         chunk_length=chunk_length,
-        cache_bytes_per_token=cached_numbers * model.dtype.itemsize,
+        cache_bytes_per_token=cache_bytes_per_token(model),
     )
+
+
+def cache_bytes_per_token(model: Any) -> int:
+    """What an ordinary key/value cache of the same model would take a token, computed from its config."""
+    config = model.config
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim_of(config)
+    return int(numbers * model.dtype.itemsize)

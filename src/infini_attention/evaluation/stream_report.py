@@ -125,13 +125,13 @@ def _costs(report: StreamReport) -> Iterator[tuple[str, str]]:
     )
     yield (
         "key/value cache",
-        f"{_size(report.full_cache_bytes)} at this length, computed from the model's config",
+        f"{size(report.full_cache_bytes)} at this length, computed from the model's config",
     )
     yield (
         "resident memory",
-        f"{_size(report.samples[0].resident_bytes)} before reading, {_size(first.resident_bytes)} after "
-        f"{first.tokens:,} tokens, {_size(last.resident_bytes)} at the end; "
-        f"peak {_size(report.peak_resident_bytes)}",
+        f"{size(report.samples[0].resident_bytes)} before reading, {size(first.resident_bytes)} after "
+        f"{first.tokens:,} tokens, {size(last.resident_bytes)} at the end; "
+        f"peak {size(report.peak_resident_bytes)}",
     )
     yield (
         "time",
@@ -176,7 +176,7 @@ def _draw_sizes(axes: "Axes", report: StreamReport) -> None:
     axes.plot(tokens, cache, color=CACHE, linestyle="--", linewidth=2)
     axes.plot(tokens, state, color=ON, linewidth=2, marker="o", markersize=3)
     labels = (
-        (f"key/value cache, computed: {_size(cache[-1])}", max(cache), CACHE),
+        (f"key/value cache, computed: {size(cache[-1])}", max(cache), CACHE),
         (f"our state, measured: {_state_range(report)}", max(state), ON),
     )
     for text, height, colour in labels:
@@ -185,7 +185,7 @@ def _draw_sizes(axes: "Axes", report: StreamReport) -> None:
     axes.set(xscale="log", yscale="log", xlabel="tokens read", title="What is carried along")
     axes.set_ylim(min(state) / 3, max(cache + state) * 3)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_major_formatter(lambda height, _: _size(height))
+    axes.yaxis.set_major_formatter(lambda height, _: size(height))
     _tidy(axes)
 
 
@@ -208,10 +208,10 @@ def _nats_per_token(loss: Loss) -> float:
 def _state_range(report: StreamReport) -> str:
     """What was carried from chunk to chunk: the size, or the smallest and the largest where it varied."""
     sizes = [sample.state_bytes for sample in report.samples[1:]]
-    return " to ".join(dict.fromkeys((_size(min(sizes)), _size(max(sizes)))))
+    return " to ".join(dict.fromkeys((size(min(sizes)), size(max(sizes)))))
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
     """Bytes in decimal units: 3.0 MB, 1.41 GB."""
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if count >= size:

@@ -73,7 +73,7 @@ def _items(source: Any) -> Iterable[Any]:
         path = Path(source)
         if not path.is_file():
             raise ValueError(f"there is no file {path}; give the path of a text file, or text as str")
-        return Text(path.name, path).pieces()
+        return Text(path.name, (path,)).pieces()
     if hasattr(source, "read"):
         first, pieces = _peek(iter(lambda: source.read(1 << 16), source.read(0)))
         name = str(getattr(source, "name", "the file"))
