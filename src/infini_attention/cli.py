@@ -264,8 +264,8 @@ def demo(
         seed: Of the key, and of where in the text reading begins.
     """
     from infini_attention.data.texts import open_text
-    from infini_attention.evaluation import demo_report as show
-    from infini_attention.evaluation.demo import demo as run
+    from infini_attention.streaming import demo_report as show
+    from infini_attention.streaming.demo import demo as run
 
     opened = open_text(text)
     model, tokenizer = _loaded(reader)

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from infini_attention.evaluation.demo import Demo
 from infini_attention.evaluation.stream_report import size
+from infini_attention.streaming.demo import Demo
 
 
 def tables(demo: Demo) -> list[Table]:

@@ -14,7 +14,7 @@ from infini_attention.evaluation.passkey import tokens_of
 from infini_attention.evaluation.progress import ResidentMemory, StreamProgress
 from infini_attention.evaluation.stream import Sample, cache_bytes_per_token
 from infini_attention.provenance import Provenance, provenance
-from infini_attention.streaming import Session
+from infini_attention.streaming.session import Session
 
 FIRST_SAMPLE = 4096  # tokens after which memory is looked at first, and then whenever they have doubled
 
