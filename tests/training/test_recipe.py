@@ -270,3 +270,19 @@ def test_a_signal_ends_the_command_with_a_checkpoint(
     assert f"stopped by {signal_number.name} after step" in errors
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert (checkpoint / "manifest.json").exists()
+
+
+def test_a_signal_to_the_whole_process_group_does_not_take_the_data_away(tmp_path: Path) -> None:
+    training = {"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1, "dataloader_num_workers": 1}
+    program = "import torch; torch.set_num_threads(1); from infini_attention.cli import main; main()"
+    command = [sys.executable, "-c", program, "train", str(write(tmp_path, training=training))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
+        assert process.stdout is not None and process.stderr is not None
+        while not process.stdout.readline().startswith("step 3/"):
+            assert process.poll() is None, process.stderr.read()
+        os.killpg(process.pid, signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert len(list((tmp_path / "run").glob("checkpoint-*/manifest.json"))) == 1

@@ -2,13 +2,30 @@
 
 import signal
 import threading
+from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def left_to_the_training(loader: DataLoader) -> DataLoader:
+    """`loader`, whose workers pass signals over: those to a whole group are the training's to heed."""
+    inner: Any = getattr(loader, "base_dataloader", loader)  # accelerate's wraps the one that has workers
+    inner.worker_init_fn = partial(_pass_signals_over, inner.worker_init_fn)
+    return loader
+
+
+def _pass_signals_over(initialise: Callable[[int], None] | None, worker: int) -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if initialise is not None:
+        initialise(worker)
 
 
 class StopAtSignal(TrainerCallback):

@@ -33,7 +33,7 @@ from infini_attention.training.segments import (
     risen,
     some_segments,
 )
-from infini_attention.training.signals import StopAtSignal
+from infini_attention.training.signals import StopAtSignal, left_to_the_training
 from infini_attention.training.throughput import Throughput
 from infini_attention.training.warnings import MemoryWarnings
 
@@ -150,7 +150,7 @@ class InfiniTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """transformers' own; the processes that share a sequence get the same rows."""
-        return self._context.shared(super().get_train_dataloader())
+        return left_to_the_training(self._context.shared(super().get_train_dataloader()))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
