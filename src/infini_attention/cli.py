@@ -26,6 +26,7 @@ class Reader:
         segment_length: Tokens a segment when retrofitting; by default 512.
         update_rule: linear or delta, when retrofitting; by default linear.
         feature_map: Feature map of the memory, when retrofitting; by default elu1.
+        normalization: sum, root, none or unit, when retrofitting; by default sum.
         gate_init: Logit of every gate, when retrofitting; by default -4.
         dtype: float32, bfloat16 or auto, which takes bfloat16 on a GPU and float32 on a CPU.
         device: A device of torch, or auto, which takes the first GPU, else the CPU.
@@ -35,6 +36,7 @@ class Reader:
     segment_length: int | None = None
     update_rule: str | None = None
     feature_map: str | None = None
+    normalization: str | None = None
     gate_init: float | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -99,6 +101,7 @@ def stream(
     segment_length: int | None = None,
     update_rule: str | None = None,
     feature_map: str | None = None,
+    normalization: str | None = None,
     gate_init: float | None = None,
     chunk_length: int | None = None,
     max_tokens: int | None = None,
@@ -118,6 +121,7 @@ def stream(
         segment_length: Tokens a segment when retrofitting; by default 512.
         update_rule: linear or delta, when retrofitting; by default linear.
         feature_map: Feature map of the memory, when retrofitting; by default elu1.
+        normalization: sum, root, none or unit, when retrofitting; by default sum.
         gate_init: Logit of every gate, when retrofitting; by default -4, which gives the memory 1.8 percent.
         chunk_length: Tokens that go through the model at once; default whole segments of at least 1024
             tokens. Changes speed and working memory, no figure.
@@ -140,6 +144,7 @@ def stream(
         segment_length=segment_length,
         update_rule=update_rule,
         feature_map=feature_map,
+        normalization=normalization,
         gate_init=gate_init,
         chunk_length=chunk_length,
         max_tokens=max_tokens,
@@ -660,7 +665,7 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "gates": gates,
     "doctor": doctor,
 }
-RETROFIT = ("segment_length", "update_rule", "feature_map", "gate_init")
+RETROFIT = ("segment_length", "update_rule", "feature_map", "normalization", "gate_init")
 
 
 def _parser() -> ArgumentParser:

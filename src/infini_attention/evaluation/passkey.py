@@ -53,6 +53,7 @@ class Setting:
     segment_length: int
     update_rule: str
     feature_map: str
+    normalization: str
     dtype: str
     device: str
     variant: str
@@ -195,6 +196,7 @@ def passkey(
         segment_length=model.config.segment_length,
         update_rule=model.config.update_rule,
         feature_map=model.config.feature_map,
+        normalization=model.config.normalization,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         variant=variant,

@@ -39,6 +39,7 @@ class Setting:
     segment_length: int
     update_rule: str
     feature_map: str
+    normalization: str
     gate_share: float
     dtype: str
     device: str
@@ -109,6 +110,7 @@ def stream(
     segment_length: int | None = None,
     update_rule: str | None = None,
     feature_map: str | None = None,
+    normalization: str | None = None,
     gate_init: float | None = None,
     chunk_length: int | None = None,
     max_tokens: int | None = None,
@@ -126,6 +128,7 @@ def stream(
         segment_length: Tokens a segment when retrofitting; default 512.
         update_rule: linear or delta, when retrofitting; default linear.
         feature_map: Feature map of the memory, when retrofitting; default elu1.
+        normalization: Of what the memory answers, when retrofitting; default sum.
         gate_init: Logit of every gate, when retrofitting; default -4, which gives the memory 1.8 percent.
         chunk_length: Tokens that go through the model at once; default whole segments of at least 1024 tokens
             in sum. Changes speed and working memory, no figure.
@@ -142,6 +145,7 @@ def stream(
         "segment_length": segment_length,
         "update_rule": update_rule,
         "feature_map": feature_map,
+        "normalization": normalization,
         "gate_init": gate_init,
     }
     given = {name: value for name, value in settings.items() if value is not None}
@@ -218,6 +222,7 @@ def _setting(model: Any, name: str, retrofitted: bool, chunk_length: int) -> Set
         segment_length=config.segment_length,
         update_rule=config.update_rule,
         feature_map=config.feature_map,
+        normalization=config.normalization,
         gate_share=torch.stack(gates).sigmoid().mean().item(),
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),

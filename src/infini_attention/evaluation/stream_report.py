@@ -55,8 +55,8 @@ def plot(report: StreamReport, path: Path) -> None:
     setting = report.setting
     figure.suptitle(
         f"{report.text}, {report.total.end:,} tokens, read by {setting.model}: segments of "
-        f"{setting.segment_length}, {setting.update_rule} rule, {setting.feature_map}"
-        + (", untrained gates" if setting.retrofitted else "")
+        f"{setting.segment_length}, {setting.update_rule} rule, {setting.feature_map}, "
+        f"normalization {setting.normalization}" + (", untrained gates" if setting.retrofitted else "")
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -141,7 +141,8 @@ def _costs(report: StreamReport) -> Iterator[tuple[str, str]]:
     yield (
         "model",
         f"{setting.model} ({setting.model_type}), {setting.dtype} on {setting.device}; segments of "
-        f"{setting.segment_length}, {setting.update_rule} rule, {setting.feature_map}",
+        f"{setting.segment_length}, {setting.update_rule} rule, {setting.feature_map}, "
+        f"normalization {setting.normalization}",
     )
 
 
