@@ -20,7 +20,8 @@ def test_a_ceiling_of_one_repeats_nothing() -> None:
 
 
 def test_the_ceiling_rises_by_the_same_factor_every_step() -> None:
-    assert [round(risen(100.0, 4, step), 6) for step in range(6)] == [
+    assert [round(risen(100.0, 2, 4, step), 6) for step in range(1, 8)] == [
+        1.0,
         1.0,
         3.162278,
         10.0,
@@ -28,7 +29,8 @@ def test_the_ceiling_rises_by_the_same_factor_every_step() -> None:
         100.0,
         100.0,
     ]
-    assert risen(100.0, 0, 0) == 100.0
+    assert risen(100.0, 0, 0, 0) == 100.0
+    assert risen(100.0, 5, 0, 4) == 1.0
 
 
 def test_every_number_of_segments_comes_up() -> None:

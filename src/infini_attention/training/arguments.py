@@ -15,7 +15,8 @@ class InfiniTrainingArguments(TrainingArguments):
         gate_warmup_steps: linear, of the gates alone; the body's decay follows.
         repeat_ceiling: how often a segment may count at most, drawn anew every step; 1 for never. See
             `segments.repeated_segments`.
-        repeat_warmup_steps: the ceiling grows from 1, by the same factor every step, over so many steps.
+        repeat_start_step: before it no segment repeats.
+        repeat_warmup_steps: from there the ceiling grows from 1, by the same factor every step, over so many.
         least_segments: inputs are cut to a random number of whole segments from here up; None for never.
         curriculum_steps: the most segments that are drawn grow from `least_segments` to all over so many
             steps; 0 for all from the first.
@@ -33,6 +34,7 @@ class InfiniTrainingArguments(TrainingArguments):
     gate_learning_rate: float = field(default=1e-2)
     gate_warmup_steps: int = field(default=0)
     repeat_ceiling: float = field(default=1.0)
+    repeat_start_step: int = field(default=0)
     repeat_warmup_steps: int = field(default=0)
     least_segments: int | None = field(default=None)
     curriculum_steps: int = field(default=0)
@@ -52,7 +54,13 @@ class InfiniTrainingArguments(TrainingArguments):
         self._check_memory()
 
     def _check_memory(self) -> None:
-        steps = ("gate_warmup_steps", "repeat_warmup_steps", "curriculum_steps", "observe_steps")
+        steps = (
+            "gate_warmup_steps",
+            "repeat_start_step",
+            "repeat_warmup_steps",
+            "curriculum_steps",
+            "observe_steps",
+        )
         for name in ("gate_learning_rate", *steps):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 0")

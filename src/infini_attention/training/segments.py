@@ -24,9 +24,12 @@ def repeated_segments(
     return torch.where(once, 1.0, torch.exp(spread * math.log(ceiling)))
 
 
-def risen(ceiling: float, warmup_steps: int, step: int) -> float:
-    """The ceiling at `step`: from 1 up to `ceiling`, by the same factor every step of the warmup."""
-    return ceiling if step >= warmup_steps else ceiling ** (step / warmup_steps)
+def risen(ceiling: float, start_step: int, warmup_steps: int, step: int) -> float:
+    """The ceiling at `step`: 1 until the start, then up to `ceiling`, by the same factor every step."""
+    if step < start_step:
+        return 1.0
+    warm = step - start_step
+    return ceiling if warm >= warmup_steps else ceiling ** (warm / warmup_steps)
 
 
 def some_segments(

@@ -264,7 +264,8 @@ class InfiniTrainer(Trainer):
         if args.repeat_ceiling > 1:
             counts = [length] * rows if documents is None else documents
             segments = max(math.ceil(count / size) for count in counts)
-            ceiling = risen(args.repeat_ceiling, args.repeat_warmup_steps, self.state.global_step)
+            warmup = args.repeat_start_step, args.repeat_warmup_steps
+            ceiling = risen(args.repeat_ceiling, *warmup, self.state.global_step)
             weights = repeated_segments(len(counts), segments, ceiling, generator=self._random)
             inputs["segment_weights"] = weights
         for name in ("checkpoint_segments", "detach_every"):
