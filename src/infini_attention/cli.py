@@ -193,6 +193,7 @@ def passkey(
     lengths: list[int] = [32_768],  # noqa: B006 (never changed; shown in --help)
     depths: int = 11,
     samples: int = 10,
+    exact_lengths: bool = False,
     keys: int = 1,
     rewrites: int = 0,
     prose: str | None = None,
@@ -211,6 +212,8 @@ def passkey(
         lengths: Tokens of a prompt, question included, such as '[32768, 131072]'.
         depths: Number of places for the key, at equal distances from first to last.
         samples: Prompts for each length and depth.
+        exact_lengths: Every prompt has exactly its length; else each is shorter by another part of a segment,
+            so that questions end at all places of a segment.
         keys: Keys in a prompt, one of which is asked for.
         rewrites: How often that one is told before with another value.
         prose: The text around the keys of varied; a file, - for standard input, or an alias such as hamlet.
@@ -238,6 +241,7 @@ def passkey(
         lengths=lengths,
         depths=even_depths(depths),
         samples=samples,
+        exact_lengths=exact_lengths,
         keys=keys,
         rewrites=rewrites,
         prose=text,

@@ -83,7 +83,19 @@ def remembered(state: MemoryState) -> Tensor:
 
 
 def ask(model: Any, **settings: Any) -> PasskeyReport:
-    return passkey(model, BYTES, **{"lengths": [LENGTH], "depths": DEPTHS, "samples": 4} | settings)
+    exactly = {"lengths": [LENGTH], "depths": DEPTHS, "samples": 4, "exact_lengths": True}
+    return passkey(model, BYTES, **exactly | settings)
+
+
+def test_questions_end_at_all_places_of_a_segment_unless_lengths_are_exact() -> None:
+    model = KnowsEveryAnswer()
+    report = ask(model, depths=[0.5], samples=32, batch_rows=1, exact_lengths=False)
+    assert report.score(LENGTH).exact_match.share == 1
+    reads = len(model.read) // 32
+    ends = [sum(part.shape[1] for part in model.read[n * reads : (n + 1) * reads - 1]) for n in range(32)]
+    assert LENGTH - SEGMENT < min(ends) - 3 < LENGTH - 0.9 * SEGMENT
+    assert LENGTH - 0.1 * SEGMENT < max(ends) - 3 <= LENGTH
+    assert len(set(ends)) > 28
 
 
 @pytest.fixture(scope="module")

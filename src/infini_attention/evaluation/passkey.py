@@ -25,6 +25,7 @@ from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.ops import MemoryState
 from infini_attention.provenance import Provenance, provenance
 
+GOLDEN = 0.6180339887498949  # its multiples, modulo 1, are spread evenly however many there are
 CALL_TOKENS = {"cuda": 1 << 16}  # that go through the model at once, of all rows together
 CALL_TOKENS_ELSEWHERE = 1 << 13
 
@@ -63,6 +64,7 @@ class Setting:
     lengths: list[int]
     depths: list[float]
     samples: int
+    exact_lengths: bool
     seed: int
 
 
@@ -145,6 +147,7 @@ def passkey(
     lengths: Sequence[int] = (32_768,),
     depths: Sequence[float] = (0.0, 0.5, 1.0),
     samples: int = 10,
+    exact_lengths: bool = False,
     keys: int = 1,
     rewrites: int = 0,
     prose: Text | None = None,
@@ -170,6 +173,10 @@ def passkey(
         lengths: tokens of a prompt, question included.
         depths: shares of what stands around the key that come before it.
         samples: prompts for each length and depth.
+        exact_lengths: every prompt has exactly its length, so that all of a length end at the same place of a
+            segment. Otherwise each is shorter by another part of a segment: a question that ends with its
+            segment, as at every multiple of the segment length, leaves the answer to a segment in which
+            nothing can be seen, the hardest place there is.
         keys: that are told in a prompt, one of which is asked for.
         rewrites: how often that one is told before with another value.
         prose: the text around the keys, for varied.
@@ -206,6 +213,7 @@ def passkey(
         lengths=[*lengths],
         depths=[*depths],
         samples=samples,
+        exact_lengths=exact_lengths,
         seed=seed,
     )
     report = PasskeyReport(setting, provenance())
@@ -216,7 +224,7 @@ def passkey(
     with _Progress(variant, sum(length for length, _, _ in left)) as progress:
         for batch in _batches(left, batch_rows):
             asked = [
-                drafts[sample * len(depths) + depths.index(depth)].prompt(length=length, depth=depth)
+                _prompt(drafts[sample * len(depths) + depths.index(depth)], setting, (length, depth, sample))
                 for length, depth, sample in batch
             ]
             outcomes = [*report.outcomes, *_outcomes(model, batch, asked, chunk_tokens, progress)]
@@ -232,6 +240,16 @@ def even_depths(count: int) -> list[float]:
     if count < 2:
         raise ValueError(f"depths is {count}; give at least 2, the first and the last place")
     return [number / (count - 1) for number in range(count)]
+
+
+def _prompt(draft: Draft, setting: Setting, cell: Cell) -> Prompt:
+    """The prompt of a cell, shorter by less than a segment unless lengths are exact."""
+    length, depth, sample = cell
+    unused = 0
+    if not setting.exact_lengths:
+        room = min(setting.segment_length, length - draft.shortest + 1)
+        unused = int((sample + 0.5) * GOLDEN % 1 * room)
+    return draft.prompt(length=length - unused, depth=depth)
 
 
 def _check(

@@ -54,6 +54,7 @@ class Question:
     lengths: list[int] = field(default_factory=lambda: [32_768])
     depths: int = 11
     samples: int = 10
+    exact_lengths: bool = False
     keys: int = 1
     rewrites: int = 0
     prose: str | None = None
