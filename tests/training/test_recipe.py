@@ -11,9 +11,10 @@ import torch
 import yaml
 
 from infini_attention.cli import main
+from infini_attention.models import FAMILIES
 from infini_attention.training.estimate import _counting, _kept
-from infini_attention.training.models import make_model
-from infini_attention.training.recipe import read_recipe
+from infini_attention.training.models import make_model, segment_length_of
+from infini_attention.training.recipe import ModelRecipe, read_recipe
 from infini_attention.training.run import train
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -286,3 +287,13 @@ def test_a_signal_to_the_whole_process_group_does_not_take_the_data_away(tmp_pat
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert len(list((tmp_path / "run").glob("checkpoint-*/manifest.json"))) == 1
+
+
+def test_prompts_are_cut_as_a_base_with_memories_is(tmp_path: Path) -> None:
+    family = next(each for each in FAMILIES.values() if each.__name__ == "InfiniLlamaForCausalLM")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = family(family.config_class(vocab_size=256, segment_length=200, **sizes))
+    base.save_pretrained(tmp_path / "base")
+    assert segment_length_of(ModelRecipe(base=str(tmp_path / "base"))) == 200
+    assert segment_length_of(ModelRecipe(base="a name on the Hub", segment_length=64)) == 64
+    assert segment_length_of(ModelRecipe(sizes=sizes, segment_length=32)) == 32

@@ -16,6 +16,7 @@ from infini_attention.data.passkey import PasskeyTask
 from infini_attention.data.shards import TokenStore, tokenized
 from infini_attention.data.tokenizers import open_tokenizer
 from infini_attention.data.windows import CarriedWindows, PackedDocuments, Windows
+from infini_attention.training.models import segment_length_of
 from infini_attention.training.recipe import DataRecipe, PasskeyRecipe, Recipe
 
 HELD_OUT = 1000  # sequences of the copy task that recall is measured on
@@ -68,7 +69,7 @@ def _passkeys(recipe: Recipe, chosen: PasskeyRecipe) -> Material:
     if chosen.prose is not None:
         with args.main_process_first(local=False, desc="tokenising"):
             prose = tokenized(chosen.prose, tokenizer, recipe.data.shards)
-    settings = vars(chosen) | {"prose": prose, "segment_length": recipe.model.segment_length}
+    settings = vars(chosen) | {"prose": prose, "segment_length": segment_length_of(recipe.model)}
     task = PasskeyTask(tokenizer, **settings, seed=args.seed)
     held_out: dict[str, Dataset] = {}
     for most in (chosen.most_segments, LONGER * chosen.most_segments):

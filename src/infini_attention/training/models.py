@@ -1,10 +1,12 @@
 """The model that a recipe describes."""
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
 
 from infini_attention.layers import MemoryGate
 from infini_attention.models import FAMILIES, load_model, retrofit
@@ -40,6 +42,15 @@ def make_model(recipe: ModelRecipe, vocab_size: int) -> Any:
     if not recipe.memory:
         _shut_for_good(model)
     return model
+
+
+def segment_length_of(recipe: ModelRecipe) -> int:
+    """Tokens a segment of the model that `make_model` makes: those of a base that has memories already."""
+    if recipe.base is not None and (Path(recipe.base) / "config.json").is_file():
+        config = AutoConfig.from_pretrained(recipe.base)
+        if isinstance(config, InfiniConfigMixin):
+            return config.segment_length
+    return recipe.segment_length
 
 
 def _refuse_memory_settings(recipe: ModelRecipe) -> None:

@@ -22,7 +22,7 @@ from infini_attention.training.checkpoints import checkpoints, newest_checkpoint
 from infini_attention.training.estimate import estimate
 from infini_attention.training.figures import measured
 from infini_attention.training.material import load_material, tokenizer_of
-from infini_attention.training.models import make_model
+from infini_attention.training.models import make_model, segment_length_of
 from infini_attention.training.recipe import Recipe
 from infini_attention.training.tensorboard import MemoryBoard
 from infini_attention.training.trainer import InfiniTrainer
@@ -75,7 +75,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         task = CopyTask(**asdict(data.copy_task))
         source, vocab_size, length = "the copy task", task.vocab_size, len(task[0]["input_ids"])
     elif data.passkey is not None:
-        length = data.passkey.most_segments * recipe.model.segment_length
+        length = data.passkey.most_segments * segment_length_of(recipe.model)
         source, vocab_size = "pass keys", len(tokenizer_of(recipe))
     else:
         assert data.documents is not None
