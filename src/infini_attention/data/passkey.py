@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from infini_attention.data.shards import TokenStore
 from infini_attention.data.texts import require_fast
+from infini_attention.models.loss import IGNORED
 
-IGNORED = -100
 TRIED = 16  # prompts whose room is looked at beforehand: keys differ in their number of tokens
 BATCH, ITEM = 1, 2  # what is drawn for a batch and for an item of it, beside the prompt itself
 
