@@ -11,6 +11,7 @@ from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -142,6 +143,12 @@ def first_tokens(blocks: Iterable[TokenBlock], tokens: int | None) -> Iterator[T
         left -= len(part)
         if left == 0:
             return
+
+
+def ids_of(text: Text, tokenizer: PreTrainedTokenizerBase, *, tokens: int | None = None) -> np.ndarray:
+    """A text's first tokens, or all, (tokens,) int32: four bytes each are all that is held."""
+    blocks = first_tokens(token_blocks(text.pieces(), tokenizer), tokens)
+    return np.concatenate([np.empty(0, np.int32), *(block.ids.numpy().astype(np.int32) for block in blocks)])
 
 
 def in_chunks(blocks: Iterable[TokenBlock], chunk_length: int) -> Iterator[TokenBlock]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from infini_attention.data.passkey import PasskeyPrompts, Prompt
-from infini_attention.data.texts import first_tokens, open_text, token_blocks
+from infini_attention.data.texts import ids_of, open_text
 from infini_attention.models import InfiniCache, memory_off
 from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.models.observe import gate_logits, token_shares
@@ -239,12 +239,11 @@ def _text(name: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Prompt:
 
 
 def _ids(name: str, tokenizer: PreTrainedTokenizerBase, length: int | None) -> np.ndarray:
-    """A text's first tokens, or all, (tokens,) int32: four bytes each are all that is held."""
-    blocks = first_tokens(token_blocks(open_text(name).pieces(), tokenizer), length)
-    parts = [block.ids.numpy().astype(np.int32) for block in blocks]
-    if sum(map(len, parts)) < 2:
-        raise ValueError(f"{name} has {sum(map(len, parts))} tokens; name a text of at least 2")
-    return np.concatenate(parts)
+    """A text's first tokens, or all, (tokens,) int32; ValueError for fewer than 2."""
+    ids = ids_of(open_text(name), tokenizer, tokens=length)
+    if len(ids) < 2:
+        raise ValueError(f"{name} has {len(ids)} tokens; name a text of at least 2")
+    return ids
 
 
 class _Sums:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from infini_attention.data.passkey import TOLD, Draft, PasskeyPrompts, Prompt
-from infini_attention.data.texts import Text, token_blocks
+from infini_attention.data.texts import Text, ids_of
 from infini_attention.evaluation.estimates import Proportion, proportion
 from infini_attention.evaluation.progress import ResidentMemory, StreamProgress
 from infini_attention.models import InfiniCache
@@ -279,11 +279,11 @@ def _check_prompts(length: int, depths: Sequence[float], drafts: list[Draft]) ->
 
 
 def tokens_of(text: Text, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """A text's tokens, (tokens,) int32: four bytes each are all that is held."""
-    blocks = [block.ids.numpy().astype(np.int32) for block in token_blocks(text.pieces(), tokenizer)]
-    if not blocks:
+    """A text's tokens, (tokens,) int32; ValueError where it has none."""
+    ids = ids_of(text, tokenizer)
+    if not len(ids):
         raise ValueError(f"{text.name} is empty; name a text with words in it")
-    return np.concatenate(blocks)
+    return ids
 
 
 def _fingerprint(model: Any, tokenizer: Any, prose: np.ndarray | None) -> str:
