@@ -275,6 +275,14 @@ def test_all_keys_are_asked_for_once_with_what_they_were_told_last() -> None:
     assert several > 20
 
 
+def test_answers_are_split_by_the_end_of_a_segment() -> None:
+    places = set()
+    for item in task(least_segments=4, split_answers=1.0):
+        asked = (item["shift_labels"] != -100).nonzero().flatten()
+        places.add((int(asked[0]) % 128, int(asked[-1]) % 128))
+    assert places == {(127, 2), (126, 1), (125, 0)}
+
+
 def test_echoes_are_learnt_where_a_value_is_said_again() -> None:
     for item in task(echoes=True, least_segments=4):
         labels = item["shift_labels"]

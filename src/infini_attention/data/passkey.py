@@ -350,6 +350,8 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
         all_asked: every key in a prompt is asked for, not one alone.
         echoes: a value is learnt where its sentences say it again, too: attention alone can copy it there,
             and what looks it up there looks it up in memory soon after.
+        split_answers: share of the prompts, at most, whose answer is cut by the end of a segment, the hardest
+            place: the rest of it sees nothing of the question. By chance alone they are few.
         prose: real text, for `varied`; see `PasskeyPrompts`.
         seed: of all that is random.
 
@@ -371,6 +373,7 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
         most_rewrites: int = 0,
         all_asked: bool = False,
         echoes: bool = False,
+        split_answers: float = 0.0,
         prose: np.ndarray | TokenStore | None = None,
         seed: int = 0,
     ) -> None:
@@ -383,10 +386,13 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
             raise ValueError(f"variants are {dict(variants)}; give at least one, with weights above 0")
         if prose is not None and "varied" not in variants:
             raise ValueError(f"variants are {dict(variants)}, without varied; add it, or leave prose out")
+        if not 0 <= split_answers <= 1:
+            raise ValueError(f"split_answers is {split_answers}; give a share from 0 to 1")
         self.examples, self.segment_length = examples, segment_length
         self.least_segments, self.most_segments = least_segments, most_segments
         self.most_keys, self.most_rewrites, self.seed = most_keys, most_rewrites, seed
         self.all_asked, self._learnt = all_asked, (ECHO, ANSWER) if echoes else (ANSWER,)
+        self.split_answers = split_answers
         self._chances = np.array([*variants.values()]) / sum(variants.values())
         self._prompts = [
             PasskeyPrompts(tokenizer, name, prose=prose if name == "varied" else None, seed=seed)
@@ -422,12 +428,20 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
             keys, rewrites = max(1, keys - 1), max(0, rewrites - 1)
             draft = self._draft(prompts, number, keys, rewrites)
         unused = int(random.integers(min(self.segment_length, room + 1)))
+        if self.split_answers and random.random() < self.split_answers:
+            unused = self._split(random, draft, unused, room)
         prompt = draft.prompt(length=draft.shortest + room - unused, depth=float(random.random()))
         ids, kinds = prompt.tokens(0, prompt.whole), prompt.kinds(0, prompt.whole)
         inputs, labels = np.zeros(length, np.int64), np.full(length, IGNORED)
         inputs[: len(ids) - 1] = ids[:-1]
         labels[: len(ids) - 1] = np.where(np.isin(kinds, self._learnt), ids, IGNORED)[1:]
         return {"input_ids": torch.from_numpy(inputs), "shift_labels": torch.from_numpy(labels)}
+
+    def _split(self, random: np.random.Generator, draft: Draft, unused: int, room: int) -> int:
+        """Places to leave at a row's end for its last segment to begin within the answer."""
+        kept = int(random.integers(1, max(2, len(draft.answer))))  # the last token of an answer is not read
+        split = self.segment_length - kept
+        return split if 0 <= split <= room else unused
 
     def _draft(self, prompts: PasskeyPrompts, number: int, keys: int, rewrites: int) -> Draft:
         questions = keys if self.all_asked else 1

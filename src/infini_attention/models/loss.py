@@ -28,10 +28,7 @@ def predicted(inputs: dict[str, Any]) -> Tensor:
 
 
 def asked_for(hidden_states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states (1, tokens, hidden_size) and targets (1, tokens) of places that are to predict something.
-
-    How many there are is known only when the device has counted them, so no graph can be captured over this.
-    """
+    """Hidden states (1, tokens, hidden_size) and targets (1, tokens) of the places that predict something."""
     wanted = targets != IGNORED
     return hidden_states[wanted][None], targets[wanted][None]
 

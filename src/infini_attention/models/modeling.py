@@ -18,6 +18,7 @@ from infini_attention.models.loss import asked_for, chunked_loss, shifted
 from infini_attention.models.runs import in_runs
 from infini_attention.ops import segment_positions
 from infini_attention.ops.context_parallel import check_division
+from infini_attention.ops.options import capturing
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
@@ -343,7 +344,8 @@ class InfiniForCausalLMMixin(InfiniPreTrainedMixin):
         targets = shifted(labels, shift_labels)
         count = kwargs.pop("num_items_in_batch", None)
         hidden = self.model(**kwargs).last_hidden_state
-        if shift_labels is not None:  # a task's, which asks for little of what is read
+        # A task's labels ask for little of what is read; how little, no graph knows in its capture.
+        if shift_labels is not None and not capturing(hidden):
             hidden, targets = asked_for(hidden, targets)
         loss = chunked_loss(self.logits_of, hidden, targets, chunk=loss_chunk, num_items_in_batch=count)
         return CausalLMOutputWithPast(loss=loss)

@@ -12,7 +12,7 @@ from torch import Tensor
 from infini_attention.ops import feature_maps
 from infini_attention.ops.layout import Layout, plan
 from infini_attention.ops.normalization import normalized
-from infini_attention.ops.options import Inputs, Options, autocast_type, check_choice
+from infini_attention.ops.options import Inputs, Options, autocast_type, capturing, check_choice
 from infini_attention.ops.parallel import parallel
 from infini_attention.ops.reference import reference
 from infini_attention.ops.state import MemoryState, state_dtype
@@ -343,7 +343,7 @@ def _checked_weights(weights: Tensor, layout: Layout, state: MemoryState) -> Ten
             f"this call touches (rows, segments) = {expected}"
         )
     weights = weights.to(state.memory.device, state.memory.dtype)
-    if not bool(((weights >= 0) & torch.isfinite(weights)).all()):
+    if not capturing(weights) and not bool(((weights >= 0) & torch.isfinite(weights)).all()):
         raise ValueError(
             f"segment_weights has minimum {weights.min().item()}; weights are finite and at least 0"
         )

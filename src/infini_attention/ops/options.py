@@ -73,3 +73,8 @@ def autocast_type(device: torch.device) -> str:
     Tensors on "meta", of which only shapes are computed, have none; any type does for them.
     """
     return "cpu" if device.type == "meta" else device.type
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, so that no value of `x` may be looked at."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

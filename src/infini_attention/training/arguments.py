@@ -27,6 +27,8 @@ class InfiniTrainingArguments(TrainingArguments):
         carry_memory: the memory goes on from step to step, row by row, and starts afresh where a row's
             `starts_document` says so; see `infini_attention.data.windows.CarriedWindows`.
         context_parallel_size: so many processes share each sequence, a run of whole segments each.
+        cuda_graphs: forward and backward of each shape of batch are captured as a CUDA graph once and then
+            replayed, for small models that wait for the host; on one GPU, with one batch a step.
         observe_steps: every so many steps the memory's part in the output and the loss without it are
             measured on the step's own tokens; 0 for never.
     """
@@ -43,6 +45,7 @@ class InfiniTrainingArguments(TrainingArguments):
     detach_every: int | None = field(default=None)
     carry_memory: bool = field(default=False)
     context_parallel_size: int = field(default=1)
+    cuda_graphs: bool = field(default=False)
     observe_steps: int = field(default=0)
 
     def __post_init__(self) -> None:
@@ -86,6 +89,25 @@ class InfiniTrainingArguments(TrainingArguments):
             )
         if self.context_parallel_size > 1:
             self._check_context_parallel()
+        if self.cuda_graphs:
+            self._check_graphs()
+
+    def _check_graphs(self) -> None:
+        if self.device.type != "cuda":
+            raise ValueError(f"cuda_graphs is set and the device is {self.device}; leave it out")
+        others = {
+            "several processes": self.world_size > 1,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps > 1,
+            "carry_memory": self.carry_memory,
+            "checkpoint_segments": self.checkpoint_segments is not None,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "torch_compile": self.torch_compile,
+        }
+        if clashing := [name for name, given in others.items() if given]:
+            raise ValueError(
+                f"cuda_graphs is set with {', '.join(clashing)}, which a captured step knows nothing of; "
+                "leave one of them out"
+            )
 
     def _check_context_parallel(self) -> None:
         for name in ("carry_memory", "checkpoint_segments", "detach_every"):

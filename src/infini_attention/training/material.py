@@ -73,9 +73,9 @@ def _passkeys(recipe: Recipe, chosen: PasskeyRecipe) -> Material:
     task = PasskeyTask(tokenizer, **settings, seed=args.seed)
     held_out: dict[str, Dataset] = {}
     for most in (chosen.most_segments, LONGER * chosen.most_segments):
-        longest = {"examples": HELD_OUT_PROMPTS, "least_segments": most, "most_segments": most}
-        longest |= {"all_asked": False, "echoes": False}
-        held_out[f"{most}_segments"] = PasskeyTask(tokenizer, **settings | longest, seed=args.seed + 1)
+        longest = settings | {"least_segments": most, "most_segments": most, "examples": HELD_OUT_PROMPTS}
+        plain = longest | {"all_asked": False, "echoes": False, "split_answers": 0.0}
+        held_out[f"{most}_segments"] = PasskeyTask(tokenizer, **plain, seed=args.seed + 1)
     return Material(task, held_out, "exact_match", len(tokenizer), tokenizer)
 
 

@@ -73,6 +73,7 @@ class PasskeyRecipe:
         most_rewrites: Other values that the key asked for had before, drawn uniformly from 0 up.
         all_asked: Every key in a prompt is asked for.
         echoes: A value is learnt where its sentences say it again, too.
+        split_answers: Share of the prompts whose answer is cut by the end of a segment.
         prose: What stands around the keys of varied.
     """
 
@@ -84,6 +85,7 @@ class PasskeyRecipe:
     most_rewrites: int = 0
     all_asked: bool = False
     echoes: bool = False
+    split_answers: float = 0.0
     prose: Documents | None = None
 
 

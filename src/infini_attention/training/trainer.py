@@ -25,6 +25,7 @@ from infini_attention.training.arguments import InfiniTrainingArguments
 from infini_attention.training.carrying import CarriedMemory
 from infini_attention.training.checkpoints import damage, keep_newest, newest_checkpoint, seal, unseal
 from infini_attention.training.context import ContextShare
+from infini_attention.training.graphs import GraphedSteps
 from infini_attention.training.parameters import parameter_groups
 from infini_attention.training.segments import (
     cut,
@@ -79,6 +80,7 @@ class InfiniTrainer(Trainer):
         self._context = ContextShare.of(self.args)
         self._random = torch.Generator().manual_seed(self.args.seed + self._context.number)
         self._carried = CarriedMemory()
+        self._graphs: GraphedSteps | None = None
         self._throughput = Throughput(self.model, self.args)
         self._signals = StopAtSignal(self.accelerator)
         self.warnings = MemoryWarnings(lambda: self.observation)
@@ -174,7 +176,10 @@ class InfiniTrainer(Trainer):
         observed = dict(inputs)
         if self.args.carry_memory:
             observed[CACHE_ARGUMENT] = inputs[CACHE_ARGUMENT].copy()  # the step moves its own on
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.cuda_graphs:
+            loss = self._graphed_step(model, inputs, num_items_in_batch)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.args.carry_memory:
             self._carried.keep(inputs[CACHE_ARGUMENT])
         self._throughput.count(inputs["input_ids"].shape)
@@ -194,15 +199,34 @@ class InfiniTrainer(Trainer):
     ) -> Any:
         """Mean cross entropy a token; of the whole step's tokens where `num_items_in_batch` counts them."""
         inputs = {name: value for name, value in inputs.items() if name != "starts_document"}
-        output = model(
-            **inputs, use_cache=False, loss_chunk=self.args.loss_chunk, num_items_in_batch=num_items_in_batch
-        )
-        if model.training and not torch.isfinite(output.loss):
-            raise FloatingPointError(f"the loss is {output.loss.item()} {self._where()}")
-        loss = output.loss
+        loss = self._loss_of(model, inputs | {"num_items_in_batch": num_items_in_batch})
+        if model.training:
+            self._check_loss(loss)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # losses and gradients are averaged over processes
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _loss_of(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        loss: Tensor = model(**inputs, use_cache=False, loss_chunk=self.args.loss_chunk).loss
+        return loss
+
+    def _check_loss(self, loss: Tensor) -> None:
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} {self._where()}")
+
+    def _graphed_step(self, model: Any, inputs: dict[str, Any], count: Tensor | int | None) -> Tensor:
+        """Forward and backward of one batch, which is the step's only one, as one graph."""
+        if self._graphs is None:
+
+            def loss_of(batch: dict[str, Any]) -> Tensor:
+                with self.compute_loss_context_manager():  # here, so that what it casts is cast in the graph
+                    return self._loss_of(model, batch)
+
+            self._graphs = GraphedSteps(model, loss_of)
+        model.train()
+        loss = self._graphs(inputs | {"num_items_in_batch": count})
+        self._check_loss(loss)
+        return loss
 
     def log(self, logs: dict[str, float], *arguments: Any, **settings: Any) -> None:
         """Log, and with every loss what the gates, the memory and the clock say."""
@@ -268,6 +292,10 @@ class InfiniTrainer(Trainer):
             ceiling = risen(args.repeat_ceiling, *warmup, self.state.global_step)
             weights = repeated_segments(len(counts), segments, ceiling, generator=self._random)
             inputs["segment_weights"] = weights
+        if args.cuda_graphs and documents is not None:
+            raise ValueError(
+                "cuda_graphs is set and documents are packed, each batch in its own way; leave one out"
+            )
         for name in ("checkpoint_segments", "detach_every"):
             if getattr(args, name) is not None:
                 inputs[name] = getattr(args, name)

@@ -1,0 +1,89 @@
+"""Training on a GPU: captured steps do what steps that are launched kernel by kernel do."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from infini_attention.models import retrofit
+from infini_attention.training.arguments import InfiniTrainingArguments
+from infini_attention.training.trainer import InfiniTrainer
+
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+SEGMENT, STEPS, ROWS = 16, 12, 4
+
+
+class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Batches of three lengths, most of whose tokens predict nothing."""
+
+    def __len__(self) -> int:
+        return STEPS * ROWS
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, torch.Tensor]]:
+        return [self._row(index, length=SEGMENT * (2 + indices[0] % 3)) for index in indices]
+
+    def _row(self, index: int, length: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(0, 64, (length,), generator=torch.Generator().manual_seed(index))
+        labels = ids.where(torch.arange(length) % 5 == index % 5, torch.tensor(-100))
+        return {"input_ids": ids, "shift_labels": labels}
+
+
+@pytest.mark.parametrize(("rule", "feature_map"), [("linear", "elu1"), ("delta", "exp")])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_captured_steps_train_as_others_do(rule: str, feature_map: str, bf16: bool, tmp_path: Path) -> None:
+    runs = [trained(rule, feature_map, bf16, graphs, tmp_path) for graphs in (False, True)]
+    losses, weights = zip(*runs, strict=True)
+    assert len(losses[0]) == STEPS
+    tolerance = 2e-2 if bf16 else 1e-4
+    torch.testing.assert_close(losses[1], losses[0], rtol=tolerance, atol=tolerance)
+    moved = (weights[0] - start(rule, feature_map)).norm()
+    assert (weights[1] - weights[0]).norm() < tolerance * 10 * moved
+
+
+def test_weights_of_segments_are_read_anew_by_every_replay(tmp_path: Path) -> None:
+    (losses, _), (captured, _) = (
+        trained("linear", "exp", False, graphs, tmp_path, repeat_ceiling=50.0) for graphs in (False, True)
+    )
+    torch.testing.assert_close(captured, losses, rtol=1e-4, atol=1e-4)
+
+
+def trained(
+    rule: str, feature_map: str, bf16: bool, graphs: bool, folder: Path, **settings: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of every step, and all weights after the last."""
+    args = InfiniTrainingArguments(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=ROWS,
+        learning_rate=1e-3,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        bf16=bf16,
+        cuda_graphs=graphs,
+        **settings,
+    )
+    trainer = InfiniTrainer(model=small(rule, feature_map), args=args, train_dataset=Rows())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return torch.tensor(losses), flat(trainer.model)
+
+
+def small(rule: str, feature_map: str) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=1, **sizes))
+    settings = {"update_rule": rule, "feature_map": feature_map}
+    return retrofit(base, segment_length=SEGMENT, gate_init=0.0, **settings).train()
+
+
+def start(rule: str, feature_map: str) -> torch.Tensor:
+    return flat(small(rule, feature_map))
+
+
+def flat(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([each.detach().flatten().cpu().float() for each in model.parameters()])
