@@ -130,6 +130,12 @@ class Layout:
             return _fold(x[:, :, part.span], part.width)
         return x.transpose(1, 2).flatten(0, 1)[part.index].transpose(1, 2)
 
+    def take_weights(self, weights: Tensor, part: Stretches) -> Tensor:
+        """The weights of the segments of `part`: (rows, columns) to (runs,)."""
+        if part.span is not None:
+            return weights[:, part.columns[0] : part.columns[-1] + 1].flatten()
+        return weights[part.rows, part.columns]
+
     @property
     def _uniform(self) -> bool:
         return self.real is None and len(set(self.open_lengths)) == 1

@@ -23,9 +23,9 @@ from infini_attention.ops.state import MemoryState, is_empty
 
 WholeSegments = Callable[[Inputs, Whole, MemoryState, Options], tuple[Tensor, MemoryState]]
 
-BLOCK_TOKENS = (
-    16_384  # without gradients, whole segments are taken in blocks: it bounds what is alive at once
-)
+Runs = Tensor | slice  # some of the runs, by number
+
+BLOCK_TOKENS = 16_384  # without gradients, whole segments are taken in blocks: it bounds what is alive
 
 
 def parallel(
@@ -63,7 +63,7 @@ def _take(inputs: Inputs, layout: Layout, part: Stretches) -> Inputs:
     """The tokens and weights of one part: tensors (runs, heads, width, dim), weights (runs,)."""
     weights = inputs.segment_weights
     if weights is not None:
-        weights = weights[part.rows, part.columns]
+        weights = layout.take_weights(weights, part)
     return inputs.map(lambda x: layout.take(x, part), weights)
 
 
@@ -72,23 +72,22 @@ def _whole_segments(
 ) -> tuple[Tensor, MemoryState]:
     """Segments that are complete, of rows that have none open."""
     keys, values = _features(inputs.key, state, options), inputs.value.to(state.memory.dtype)
-    steps = block.steps(keys.device)
 
     normalizer_sums = _weighted(keys.sum(dim=2), inputs)
-    before_z, normalizer = _scan(state.normalizer, steps, lambda z, runs: z + normalizer_sums[runs])
+    before_z, normalizer = _scan(state.normalizer, block, lambda z, runs: z + normalizer_sums[runs])
 
     memory_sums = _weighted(keys.transpose(-1, -2) @ values, inputs)
     if options.update_rule == "delta":
         removal = keys.transpose(-1, -2) @ (keys / denominator(keys, before_z))  # A_s
 
-        def step(M: Tensor, runs: Tensor) -> Tensor:
+        def step(M: Tensor, runs: Runs) -> Tensor:
             return M - removal[runs] @ M + memory_sums[runs]
     else:
 
-        def step(M: Tensor, runs: Tensor) -> Tensor:
+        def step(M: Tensor, runs: Runs) -> Tensor:
             return M + memory_sums[runs]
 
-    before_M, memory = _scan(state.memory, steps, step)
+    before_M, memory = _scan(state.memory, block, step)
 
     local = local_attention(
         inputs.local_query, inputs.local_key, inputs.value, scale=options.scale, softcap=options.softcap
@@ -97,15 +96,19 @@ def _whole_segments(
     return output, state.after_whole_segments(memory, normalizer, block.segments)
 
 
-def _scan(
-    start: Tensor, steps: list[tuple[Tensor, Tensor]], step: Callable[[Tensor, Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
+def _scan(start: Tensor, block: Whole, step: Callable[[Tensor, Runs], Tensor]) -> tuple[Tensor, Tensor]:
     """The state before each run, in the order of the runs, and the state of each row after its last one.
 
-    `start` is (rows, ...); `steps` are those of `Whole.steps`; `step` takes the states of some rows over
-    the runs of the given numbers.
+    `start` is (rows, ...); `step` takes the states of some rows over the runs of the given numbers.
     """
     current, before = start, []
+    if len(set(block.segments)) == 1:  # by slices, which ask for no indices on the device
+        count = block.segments[0]
+        for number in range(count):
+            before.append(current)
+            current = step(current, slice(number, None, count))
+        return torch.stack(before, dim=1).flatten(0, 1), current
+    steps = block.steps(start.device)
     for rows, runs in steps:
         before.append(current[rows])
         current = current.index_copy(0, rows, step(before[-1], runs))

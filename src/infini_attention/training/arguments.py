@@ -97,6 +97,7 @@ class InfiniTrainingArguments(TrainingArguments):
             raise ValueError(f"cuda_graphs is set and the device is {self.device}; leave it out")
         others = {
             "several processes": self.world_size > 1,
+            "several GPUs": self.n_gpu > 1,
             "gradient_accumulation_steps": self.gradient_accumulation_steps > 1,
             "carry_memory": self.carry_memory,
             "checkpoint_segments": self.checkpoint_segments is not None,
