@@ -275,6 +275,20 @@ def test_all_keys_are_asked_for_once_with_what_they_were_told_last() -> None:
     assert several > 20
 
 
+def test_segments_that_tell_or_ask_something_do_not_repeat() -> None:
+    repeatable = 0
+    for item in task(least_segments=4, most_keys=2):
+        segments = item["input_ids"].reshape(-1, 128)
+        assert item["repeatable"].shape == (len(segments),)
+        for segment, plain in zip(segments, item["repeatable"], strict=True):
+            words = str(BYTES.decode(segment[segment != 0]))
+            told = any(part in words for part in ("pass key", "Remember it", "irrelevant", "memorize"))
+            assert not (plain and told)
+            repeatable += int(plain)
+        assert not item["repeatable"][[0, -1]].any()
+    assert repeatable > 30
+
+
 def test_answers_are_split_by_the_end_of_a_segment() -> None:
     places = set()
     for item in task(least_segments=4, split_answers=1.0):

@@ -336,6 +336,16 @@ def test_packed_documents_start_with_an_empty_memory(
     torch.testing.assert_close(loss, (singly / 98).detach(), rtol=1e-4, atol=1e-5)
 
 
+def test_what_says_that_it_must_not_repeat_counts_once(make_trainer: Callable[..., InfiniTrainer]) -> None:
+    trainer = make_trainer(repeat_ceiling=50.0)
+    ids, repeatable = torch.zeros(64, 40, dtype=torch.int64), torch.tensor([[True, False, True, True, False]])
+    drawn = trainer._drawn({"input_ids": ids, "labels": ids, "repeatable": repeatable.expand(64, 5)})
+    assert "repeatable" not in drawn
+    weights = drawn["segment_weights"]
+    assert (weights[:, [1, 4]] == 1).all()
+    assert (weights[:, [0, 2, 3]] > 1).any(dim=0).all()
+
+
 def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     for settings, message in (
         ({"repeat_ceiling": 0.5}, "repeat_ceiling is 0.5; give at least 1"),

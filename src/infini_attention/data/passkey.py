@@ -333,10 +333,13 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
     """Prompts with a pass key, to train on.
 
     Items are `input_ids` and `shift_labels`, each (length,) int64; shift_labels[t] is the token expected
-    after input_ids[t] where that is to be learnt, else -100. The items of a batch have a common length, some
-    whole segments, drawn for the batch: torch's DataLoader asks for a batch at once, by `__getitems__`. The
-    last question ends at a random place of the last segment, so that no place is learnt by heart; id 0 fills
-    up what comes after its answer. All depends on the settings, `seed` and the batch's indices alone.
+    after input_ids[t] where that is to be learnt, else -100; and `repeatable`, (segments,) bool: those that
+    hold background alone, which can repeat without a key's being told, or asked for, more than once.
+
+    The items of a batch have a common length, some whole segments, drawn for the batch: torch's DataLoader
+    asks for a batch at once, by `__getitems__`. The last question ends at a random place of the last segment,
+    so that no place is learnt by heart; id 0 fills up what comes after its answer. All depends on the
+    settings, `seed` and the batch's indices alone.
 
     Args:
         tokenizer: a fast one.
@@ -435,7 +438,14 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
         inputs, labels = np.zeros(length, np.int64), np.full(length, IGNORED)
         inputs[: len(ids) - 1] = ids[:-1]
         labels[: len(ids) - 1] = np.where(np.isin(kinds, self._learnt), ids, IGNORED)[1:]
-        return {"input_ids": torch.from_numpy(inputs), "shift_labels": torch.from_numpy(labels)}
+        plain = np.zeros(length, bool)
+        plain[: len(ids)] = (kinds == BACKGROUND)[:length]
+        item = {
+            "input_ids": inputs,
+            "shift_labels": labels,
+            "repeatable": plain.reshape(-1, self.segment_length).all(axis=1),
+        }
+        return {name: torch.from_numpy(column) for name, column in item.items()}
 
     def _split(self, random: np.random.Generator, draft: Draft, unused: int, room: int) -> int:
         """Places to leave at a row's end for its last segment to begin within the answer."""

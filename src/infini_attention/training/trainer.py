@@ -47,7 +47,8 @@ LAYOUT_FIELDS = (
     "gradient_accumulation_steps",
     "context_parallel_size",
 )
-BATCH_COLUMNS = ("shift_labels", "starts_document")  # of ours, beside the arguments of a model's forward
+FOR_TRAINING = ("starts_document", "repeatable")  # columns of a batch that no model's forward takes
+BATCH_COLUMNS = ("shift_labels", *FOR_TRAINING)  # of ours, beside the arguments of a model's forward
 
 
 class InfiniTrainer(Trainer):
@@ -198,7 +199,7 @@ class InfiniTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean cross entropy a token; of the whole step's tokens where `num_items_in_batch` counts them."""
-        inputs = {name: value for name, value in inputs.items() if name != "starts_document"}
+        inputs = {name: value for name, value in inputs.items() if name not in FOR_TRAINING}
         loss = self._loss_of(model, inputs | {"num_items_in_batch": num_items_in_batch})
         if model.training:
             self._check_loss(loss)
@@ -268,6 +269,7 @@ class InfiniTrainer(Trainer):
         args, size = self.args, self._segment_length
         inputs = dict(inputs)
         rows, length = inputs["input_ids"].shape
+        repeatable = inputs.pop("repeatable", None)
         documents = _documents(inputs)
         if args.least_segments is not None and documents is not None:
             raise ValueError(
@@ -291,7 +293,9 @@ class InfiniTrainer(Trainer):
             warmup = args.repeat_start_step, args.repeat_warmup_steps
             ceiling = risen(args.repeat_ceiling, *warmup, self.state.global_step)
             weights = repeated_segments(len(counts), segments, ceiling, generator=self._random)
-            inputs["segment_weights"] = weights
+            inputs["segment_weights"] = (
+                weights if repeatable is None else weights.where(repeatable[:, -segments:], 1.0)
+            )
         if args.cuda_graphs and documents is not None:
             raise ValueError(
                 "cuda_graphs is set and documents are packed, each batch in its own way; leave one out"
