@@ -111,7 +111,7 @@ class InfiniTrainer(Trainer):
         try:
             return super().train(resume_from_checkpoint, *arguments, **settings)
         finally:
-            self._signals.restore()
+            self._signals.end()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimiser that `args.optim` names, over `parameter_groups`.
@@ -153,7 +153,8 @@ class InfiniTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """transformers' own; the processes that share a sequence get the same rows."""
-        return left_to_the_training(self._context.shared(super().get_train_dataloader()))
+        loader = self._context.shared(super().get_train_dataloader())
+        return left_to_the_training(loader, self._signals.under_way)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -293,9 +294,9 @@ class InfiniTrainer(Trainer):
             warmup = args.repeat_start_step, args.repeat_warmup_steps
             ceiling = risen(args.repeat_ceiling, *warmup, self.state.global_step)
             weights = repeated_segments(len(counts), segments, ceiling, generator=self._random)
-            inputs["segment_weights"] = (
-                weights if repeatable is None else weights.where(repeatable[:, -segments:], 1.0)
-            )
+            if repeatable is not None:
+                weights = weights.to(repeatable.device).where(repeatable[:, -segments:], 1.0)
+            inputs["segment_weights"] = weights
         if args.cuda_graphs and documents is not None:
             raise ValueError(
                 "cuda_graphs is set and documents are packed, each batch in its own way; leave one out"
