@@ -289,6 +289,15 @@ def test_a_signal_to_the_whole_process_group_does_not_take_the_data_away(tmp_pat
     assert len(list((tmp_path / "run").glob("checkpoint-*/manifest.json"))) == 1
 
 
+def test_a_training_that_fails_ends_its_data_workers(tmp_path: Path) -> None:
+    training = {"max_steps": 100_000, "learning_rate": 1e30, "dataloader_num_workers": 1}
+    program = "import torch; torch.set_num_threads(1); from infini_attention.cli import main; main()"
+    command = [sys.executable, "-c", program, "train", str(write(tmp_path, training=training))]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    assert "infini: the " in ended.stderr and "with a lower learning rate" in ended.stderr
+
+
 def test_prompts_are_cut_as_a_base_with_memories_is(tmp_path: Path) -> None:
     family = next(each for each in FAMILIES.values() if each.__name__ == "InfiniLlamaForCausalLM")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
