@@ -220,7 +220,7 @@ def passkey(
         seed: Seed of all that is random.
         batch_rows: Prompts that are read side by side.
         chunk_tokens: Tokens of each that go through the model at once; by default whole segments, together
-            some 65,536 tokens on a GPU and 8,192 on a CPU. Changes speed and working memory.
+            some 8,192, and on a GPU the more the narrower the model is. Changes speed and working memory.
         output: A JSON file, written after every batch; the same command goes on where it was cut off.
         plot: Where to draw the heat map, a file such as out/passkey.png.
     """

@@ -26,8 +26,8 @@ from infini_attention.ops import MemoryState
 from infini_attention.provenance import Provenance, provenance
 
 GOLDEN = 0.6180339887498949  # its multiples, modulo 1, are spread evenly however many there are
-CALL_TOKENS = {"cuda": 1 << 16}  # that go through the model at once, of all rows together
-CALL_TOKENS_ELSEWHERE = 1 << 13
+CALL_NUMBERS = 1 << 25  # on a GPU: tokens that go through the model at once, of all rows, times its width
+CALL_TOKENS = 1 << 13  # elsewhere
 
 PROBE = f"{TOLD} 0123456789"  # tells one tokenizer from another
 
@@ -183,7 +183,7 @@ def passkey(
         seed: of all that is random.
         batch_rows: prompts that are read side by side.
         chunk_tokens: of each prompt that go through the model at once; default whole segments, together some
-            65,536 tokens on a GPU and 8,192 on a CPU. Changes speed and working memory.
+            8,192 tokens, and on a GPU the more the narrower the model is. Changes speed and working memory.
         output: a JSON file that is written after every batch. If it holds figures of the same setting, those
             are kept and what is missing is asked.
 
@@ -374,7 +374,7 @@ def _outcomes(
     """Read prompts side by side, and ask."""
     segment, start = model.config.segment_length, min(prompt.question_start for prompt in prompts)
     if chunk_tokens is None:
-        at_once = CALL_TOKENS.get(model.device.type, CALL_TOKENS_ELSEWHERE)
+        at_once = CALL_NUMBERS // model.config.hidden_size if model.device.type == "cuda" else CALL_TOKENS
         chunk_tokens = max(1, at_once // (len(prompts) * segment)) * segment
     cache = InfiniCache(model.config)
     for first in range(0, start, chunk_tokens):

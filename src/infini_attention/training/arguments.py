@@ -28,7 +28,8 @@ class InfiniTrainingArguments(TrainingArguments):
             `starts_document` says so; see `infini_attention.data.windows.CarriedWindows`.
         context_parallel_size: so many processes share each sequence, a run of whole segments each.
         cuda_graphs: forward and backward of each shape of batch are captured as a CUDA graph once and then
-            replayed, for small models that wait for the host; on one GPU, with one batch a step.
+            replayed, for small models that wait for the host; on one GPU, with one batch a step. On a CPU
+            there is nothing to capture, and steps run as ever.
         observe_steps: every so many steps the memory's part in the output and the loss without it are
             measured on the step's own tokens; 0 for never.
     """
@@ -93,8 +94,6 @@ class InfiniTrainingArguments(TrainingArguments):
             self._check_graphs()
 
     def _check_graphs(self) -> None:
-        if self.device.type != "cuda":
-            raise ValueError(f"cuda_graphs is set and the device is {self.device}; leave it out")
         others = {
             "several processes": self.world_size > 1,
             "several GPUs": self.n_gpu > 1,

@@ -178,7 +178,7 @@ class InfiniTrainer(Trainer):
         observed = dict(inputs)
         if self.args.carry_memory:
             observed[CACHE_ARGUMENT] = inputs[CACHE_ARGUMENT].copy()  # the step moves its own on
-        if self.args.cuda_graphs:
+        if self.args.cuda_graphs and self.args.device.type == "cuda":
             loss = self._graphed_step(model, inputs, num_items_in_batch)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
