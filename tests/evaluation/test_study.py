@@ -357,6 +357,20 @@ def test_the_tables_show_means_and_ranges_over_seeds(known: StudyReport) -> None
     assert "Means of 2 seeds" in shown
 
 
+def test_published_figures_stand_below_ours_by_depth(known: StudyReport) -> None:
+    published = {"theirs, 1B": {400: "14/13/98"}}
+    report = replace(known, study=replace(known.study, published=published))
+    console = Console(width=120)
+    with console.capture() as capture:
+        for table in tables(report):
+            console.print(table)
+    shown = flat(capture.get())
+    assert "linear 25/25 25/25" in shown and "delta 75/25 75/25" in shown
+    assert "paper: token accuracy by depth of the key, from start to end, %" in shown
+    assert "theirs, 1B 14/13/98 -" in shown
+    assert "theirs" not in flat("".join(str(table.title) for table in tables(known)))
+
+
 @pytest.mark.parametrize("seeds", [[0], [0, 1]], ids=str)
 def test_the_picture_is_written_where_asked(known: StudyReport, seeds: list[int], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'infini-attention[eval]'")

@@ -82,6 +82,8 @@ class Study:
         arms: Named arms, each by its values; with `vary`, each of them in every combination.
         leave_out: Combinations that are no arms, by some of their values.
         seeds: Of the trainings.
+        published: Figures of others to stand below ours, by what they are of: token accuracy in % by length,
+            as the paper's table 3 has it, such as 97/99/100 for a key at start, middle and end.
     """
 
     title: str
@@ -92,6 +94,7 @@ class Study:
     arms: dict[str, Settings] = field(default_factory=dict)
     leave_out: list[Settings] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
+    published: dict[str, dict[int, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -154,11 +157,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Answer:
-    """How a model answered a question at one length."""
+    """How a model answered a question at one length, at all depths and at each of them."""
 
     question: str
     length: int
     score: Score
+    by_depth: list[Score]
 
 
 @dataclass(frozen=True)
@@ -196,10 +200,14 @@ class StudyReport:
         """Those of an arm, by seed."""
         return [result for result in self.results if result.arm == arm.name]
 
-    def scores(self, arm: Arm, question: str, length: int) -> list[Score]:
+    def answers(self, arm: Arm, question: str, length: int) -> list[Answer]:
         """Those of an arm's seeds that have answered."""
         answers = [answer for result in self.results_of(arm) for answer in result.answers]
-        return [each.score for each in answers if (each.question, each.length) == (question, length)]
+        return [each for each in answers if (each.question, each.length) == (question, length)]
+
+    def scores(self, arm: Arm, question: str, length: int) -> list[Score]:
+        """Their scores at all depths together."""
+        return [each.score for each in self.answers(arm, question, length)]
 
     def to_json(self) -> str:
         """The whole report in one line of JSON."""
@@ -449,12 +457,16 @@ def _end(processes: list[BaseProcess]) -> None:
 def _result(run: Run, failed: str | None) -> Result:
     reports = {name: report for name in run.ask if (report := run.report(name)) is not None}
     answers = [
-        Answer(name, cell["length"], _score(cell))
+        Answer(name, whole["length"], _score(whole), _by_depth(report, whole["length"]))
         for name, report in reports.items()
-        for cell in report["by_length"]
+        for whole in report["by_length"]
     ]
     seconds = sum(report["seconds"] for report in reports.values())
     return Result(run.arm, run.seed, run.done(), failed, run.trained(), answers, seconds)
+
+
+def _by_depth(report: dict[str, Any], length: int) -> list[Score]:
+    return [_score(cell) for cell in report["cells"] if cell["length"] == length]
 
 
 def _score(cell: dict[str, Any]) -> Score:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from infini_attention.evaluation.stream_report import require_matplotlib
-from infini_attention.evaluation.study import Arm, StudyReport
+from infini_attention.evaluation.study import Answer, Arm, StudyReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,8 +19,13 @@ STYLES, MARKERS = ("-", "--", ":", "-."), "os^vDPX*"
 
 
 def tables(report: StudyReport) -> list[Table]:
-    """Exact match by arm, question and length; what the trainings came to; what else there is to say."""
-    return [_answers(report), _trainings(report), _remarks(report)]
+    """Exact match by arm, question and length; what the trainings came to; what else there is to say.
+
+    Between them, where others' figures are to stand beside ours, token accuracy in the form of the paper's
+    table 3.
+    """
+    published = [_by_depth(report, name) for name in report.study.ask] if report.study.published else []
+    return [_answers(report), *published, _trainings(report), _remarks(report)]
 
 
 def plot(report: StudyReport, path: Path) -> None:
@@ -61,6 +66,27 @@ def _answers(report: StudyReport) -> Table:
         shares = ([100 * score.exact_match.share for score in report.scores(arm, *cell)] for cell in cells)
         table.add_row(*arm.factors.values(), *(_range(each, ".0f") for each in shares))
     return table
+
+
+def _by_depth(report: StudyReport, question: str) -> Table:
+    """Token accuracy by depth, from start to end, means over seeds; then what others published."""
+    table = _table(report, f"{question}: token accuracy by depth of the key, from start to end, %")
+    lengths = report.study.ask[question].lengths
+    for length in lengths:
+        table.add_column(_length(length), justify="right", no_wrap=True)
+    for arm in report.arms:
+        answers = [report.answers(arm, question, length) for length in lengths]
+        table.add_row(*arm.factors.values(), *map(_depths, answers))
+    for name, figures in report.study.published.items():
+        empty = [""] * (len(report.arms[0].factors) - 1)
+        table.add_row(name, *empty, *(figures.get(length, "-") for length in lengths))
+    return table
+
+
+def _depths(answers: Sequence[Answer]) -> str:
+    """The means of some seeds' token accuracies, such as 97/99/100."""
+    of_seeds = ([100 * score.token_accuracy.share for score in each.by_depth] for each in answers)
+    return "/".join(_mean(shares, ".0f") for shares in zip(*of_seeds, strict=True)) or "-"
 
 
 def _trainings(report: StudyReport) -> Table:
