@@ -617,6 +617,7 @@ def tokenizer(
     output: Path,
     *,
     vocab_size: int = 2048,
+    passkeys: bool = False,
     data_files: list[str] | None = None,
     column: str = "text",
     max_documents: int | None = None,
@@ -627,16 +628,19 @@ def tokenizer(
         documents: A file, a pattern, shakespeare, or a corpus; what data.documents.source is in a recipe.
         output: The folder to save it in; a recipe's data.tokenizer can name it.
         vocab_size: Tokens, of which 256 are the bytes.
+        passkeys: The words that tell of pass keys, and their names, are tokens by themselves, too.
         data_files: Local files to be read in a corpus's place.
         column: That holds the text.
         max_documents: How many are read at most.
     """
     from infini_attention.data.documents import Documents, open_documents
+    from infini_attention.data.passkey import WORDS
     from infini_attention.data.tokenizers import train_tokenizer
 
     chosen = Documents(documents, data_files=data_files, column=column, max_documents=max_documents)
     pieces = (piece for document in open_documents(chosen) for piece in document.pieces)
-    train_tokenizer(pieces, vocab_size=vocab_size).save_pretrained(output)
+    words = WORDS if passkeys else ()
+    train_tokenizer(pieces, vocab_size=vocab_size, words=words).save_pretrained(output)
     print(f"{vocab_size:,} tokens in {output}")
 
 

@@ -5,7 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from infini_attention.cli import main
 from infini_attention.data import tokenizers
+from infini_attention.data.passkey import WORDS
 from infini_attention.data.texts import TokenBlock, token_blocks
 from infini_attention.data.tokenizers import byte_tokenizer, open_tokenizer, train_tokenizer
 
@@ -61,8 +63,27 @@ def test_training_makes_words_tokens_and_leaves_digits_apart() -> None:
     assert TRAINED.tokenize(" the 1299") == ["Ġthe", "Ġ", "1", "2", "9", "9"]
 
 
+def test_words_are_whole_however_rare_they_are() -> None:
+    words = ["umbrella", "mat"]
+    trained = train_tokenizer(["the cat sat on the mat in 1234 and 1299 "] * 5, vocab_size=280, words=words)
+    assert all(len(trained(f" {word}").input_ids) == 1 for word in words)
+    text = "An umbrella, two umbrellas and 3 mats; umbrella"
+    assert trained.decode(trained(text).input_ids) == text
+    with pytest.raises(ValueError, match="in which umbrella found no room to be whole; give more"):
+        train_tokenizer(["the cat sat on the mat "] * 5, vocab_size=260, words=["umbrella"])
+
+
 def test_a_vocabulary_without_room_or_text_is_refused() -> None:
     with pytest.raises(ValueError, match="vocab_size is 100; give at least 256"):
         train_tokenizer(["text"], vocab_size=100)
     with pytest.raises(ValueError, match=r"the texts give 2\d\d tokens and vocab_size is 2000"):
         train_tokenizer(["a little text"], vocab_size=2000)
+
+
+def test_the_command_keeps_the_words_of_pass_keys_whole(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("It was a dark and stormy night, and nobody was about. " * 40)
+    command = ["tokenizer", str(tmp_path / "text.txt"), "-o", str(tmp_path / "out")]
+    main([*command, "--vocab_size", "430", "--passkeys", "true"])
+    trained = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(trained) == 430
+    assert all(len(trained(f" {word}").input_ids) == 1 for word in WORDS)

@@ -47,6 +47,7 @@ NAMES = (
     "saddle", "tunnel", "umbrella", "valley", "violin", "wagon", "window", "yellow",
 )
 # fmt: on
+WORDS = ("pass", "key", "Remember", *NAMES)  # that tokenizers of small models do well to keep whole
 COUNTED = ("day", "house", "page", "room", "street", "ticket", "train", "year")
 DISTRACTORS = 2048  # other numbers, after which the same ones come again
 

@@ -1,6 +1,7 @@
 """Tokenizers: bytes, which need no training, those trained here, and those that belong to models."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from infini_attention.models import load_tokenizer
 
 BYTES = "bytes"
+OFTEN = 1 << 17  # so many times words are seen that are to be tokens by themselves
 
 
 def open_tokenizer(name_or_path: str) -> Any:
@@ -28,13 +30,22 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return _whole(tokenizer)
 
 
-def train_tokenizer(pieces: Iterable[str], *, vocab_size: int = 2048) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    pieces: Iterable[str], *, vocab_size: int = 2048, words: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer trained on texts, in which every digit is a token by itself.
 
-    Any text comes back as it was. There are no special tokens, and nothing but `pieces` decides the merges.
+    Any text comes back as it was. There are no special tokens, and nothing but the arguments decides the
+    merges.
+
+    Args:
+        pieces: of texts.
+        vocab_size: tokens, of which 256 are the bytes.
+        words: that are tokens by themselves after a space, however rare they are.
 
     Raises:
-        ValueError: a vocabulary with no room for the 256 bytes, or texts that hold too little to fill it.
+        ValueError: a vocabulary with no room for the 256 bytes or the words, or texts that hold too little to
+            fill it.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet):
@@ -45,11 +56,15 @@ def train_tokenizer(pieces: Iterable[str], *, vocab_size: int = 2048) -> PreTrai
         [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(pieces, trainer)
+    tokenizer.train_from_iterator(chain(pieces, (f" {word}" * OFTEN for word in words)), trainer)
     if tokenizer.get_vocab_size() < vocab_size:
         raise ValueError(
             f"the texts give {tokenizer.get_vocab_size()} tokens and vocab_size is {vocab_size}; "
             "give more text, or a smaller vocabulary"
+        )
+    if split := [word for word in words if len(tokenizer.encode(f" {word}").ids) > 1]:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, in which {', '.join(split)} found no room to be whole; give more"
         )
     return _whole(tokenizer)
 
