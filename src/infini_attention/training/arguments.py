@@ -100,6 +100,7 @@ class InfiniTrainingArguments(TrainingArguments):
             "gradient_accumulation_steps": self.gradient_accumulation_steps > 1,
             "carry_memory": self.carry_memory,
             "checkpoint_segments": self.checkpoint_segments is not None,
+            "detach_every": self.detach_every is not None,
             "gradient_checkpointing": self.gradient_checkpointing,
             "torch_compile": self.torch_compile,
         }
