@@ -40,7 +40,7 @@ def test_captured_steps_train_as_others_do(rule: str, feature_map: str, bf16: bo
     assert len(losses[0]) == STEPS
     tolerance = 2e-2 if bf16 else 1e-4
     torch.testing.assert_close(losses[1], losses[0], rtol=tolerance, atol=tolerance)
-    moved = (weights[0] - start(rule, feature_map)).norm()
+    moved = (weights[0] - flat(small(rule, feature_map))).norm()
     assert (weights[1] - weights[0]).norm() < tolerance * 10 * moved
 
 
@@ -79,10 +79,6 @@ def small(rule: str, feature_map: str) -> LlamaForCausalLM:
     base = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=1, **sizes))
     settings = {"update_rule": rule, "feature_map": feature_map}
     return retrofit(base, segment_length=SEGMENT, gate_init=0.0, **settings).train()
-
-
-def start(rule: str, feature_map: str) -> torch.Tensor:
-    return flat(small(rule, feature_map))
 
 
 def flat(model: torch.nn.Module) -> torch.Tensor:

@@ -20,6 +20,7 @@ from infini_attention.training.run import train
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 COPY = next(path for path in RECIPES if path.stem == "copy-task")
 
+COMMAND = "import torch; torch.set_num_threads(1); from infini_attention.cli import main; main()"
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -257,8 +258,7 @@ def test_a_signal_ends_the_command_with_a_checkpoint(
     tmp_path: Path, signal_number: signal.Signals, code: int
 ) -> None:
     path = write(tmp_path, training={"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1})
-    program = "import torch; torch.set_num_threads(1); from infini_attention.cli import main; main()"
-    command = [sys.executable, "-c", program, "train", str(path)]
+    command = [sys.executable, "-c", COMMAND, "train", str(path)]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:
@@ -275,8 +275,7 @@ def test_a_signal_ends_the_command_with_a_checkpoint(
 
 def test_a_signal_to_the_whole_process_group_does_not_take_the_data_away(tmp_path: Path) -> None:
     training = {"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1, "dataloader_num_workers": 1}
-    program = "import torch; torch.set_num_threads(1); from infini_attention.cli import main; main()"
-    command = [sys.executable, "-c", program, "train", str(write(tmp_path, training=training))]
+    command = [sys.executable, "-c", COMMAND, "train", str(write(tmp_path, training=training))]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, env=environment, start_new_session=True, **pipes) as process:
@@ -291,8 +290,7 @@ def test_a_signal_to_the_whole_process_group_does_not_take_the_data_away(tmp_pat
 
 def test_a_training_that_fails_ends_its_data_workers(tmp_path: Path) -> None:
     training = {"max_steps": 100_000, "learning_rate": 1e30, "dataloader_num_workers": 1}
-    program = "import torch; torch.set_num_threads(1); from infini_attention.cli import main; main()"
-    command = [sys.executable, "-c", program, "train", str(write(tmp_path, training=training))]
+    command = [sys.executable, "-c", COMMAND, "train", str(write(tmp_path, training=training))]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 1
     assert "infini: the " in ended.stderr and "with a lower learning rate" in ended.stderr
