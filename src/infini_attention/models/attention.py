@@ -36,12 +36,8 @@ class SegmentContext(NamedTuple):
     context_group: Any = None
 
 
-class InfiniAttentionMixin(nn.Module):
-    """Put before a family's attention class: same projections and parameter names, and a memory.
-
-    Queries and keys go to the memory as they come from the projections (and norms, where the family has
-    them), before rotation; local attention sees them rotated by positions that restart in every segment.
-    """
+class FamilyAttentionMixin(nn.Module):
+    """A family's attention class without the way it attends: its projections, norms and rotation."""
 
     apply_rotary: Callable[..., Rotation]
     """The family's own rotary function."""
@@ -60,6 +56,31 @@ class InfiniAttentionMixin(nn.Module):
     o_proj: Any
     q_norm: Any
     k_norm: Any
+
+    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value in value's dtype: (batch, heads or kv_heads, length, head_dim)."""
+        query, key, value = (
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if hasattr(self, "q_norm"):
+            query, key = self.q_norm(query), self.k_norm(key)
+        # Under autocast a norm or a rotation may come out wider than the projections.
+        return query.to(value.dtype), key.to(value.dtype), value
+
+    def _rotate(self, query: Tensor, key: Tensor, rotation: Rotation) -> Rotation:
+        if not getattr(self, "use_rope", True):
+            return query, key
+        local_query, local_key = self.apply_rotary(query, key, *rotation)
+        return local_query.to(query.dtype), local_key.to(key.dtype)
+
+
+class InfiniAttentionMixin(FamilyAttentionMixin):
+    """Put before a family's attention class: same projections and parameter names, and a memory.
+
+    Queries and keys go to the memory as they come from the projections (and norms, where the family has
+    them), before rotation; local attention sees them rotated by positions that restart in every segment.
+    """
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -124,20 +145,3 @@ class InfiniAttentionMixin(nn.Module):
             state=state,
             group=segment_context.context_group,
         )
-
-    def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value in value's dtype: (batch, heads or kv_heads, length, head_dim)."""
-        query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if hasattr(self, "q_norm"):
-            query, key = self.q_norm(query), self.k_norm(key)
-        # Under autocast a norm or a rotation may come out wider than the projections.
-        return query.to(value.dtype), key.to(value.dtype), value
-
-    def _rotate(self, query: Tensor, key: Tensor, rotation: Rotation) -> Rotation:
-        if not getattr(self, "use_rope", True):
-            return query, key
-        local_query, local_key = self.apply_rotary(query, key, *rotation)
-        return local_query.to(query.dtype), local_key.to(key.dtype)

@@ -106,7 +106,7 @@ class InfiniCache(DynamicCache):
 
     def detach(self) -> "InfiniCache":
         """A cache with the same states, cut off from the graph that made them."""
-        return self.map_states(MemoryState.detach)
+        return self.map_states(lambda state: state.detach())
 
     def map_states(self, function: Callable[[MemoryState], MemoryState]) -> "InfiniCache":
         """A cache with `function` of every state, which leaves this one as it is."""

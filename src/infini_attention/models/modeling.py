@@ -52,6 +52,7 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
     """Put before a family's decoder class: gives layers a memory, and tells them where segments are cut."""
 
     attention_class: type[InfiniAttentionMixin]
+    cache_class = InfiniCache
 
     # What the family's class brings.
     config: Any
@@ -115,6 +116,7 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
                     "context_group is set, and each of its processes takes its run of segments whole; leave "
                     "out checkpoint_segments and detach_every, or use model.gradient_checkpointing_enable()"
                 )
+            self.config.check_every_layer_has_memory()
             return in_runs(
                 self,
                 inputs,
@@ -146,7 +148,7 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
         if context_group is not None:
             self._check_context(context_group, batch, length, padding_mask, cu_seqlens)
         if use_cache and cache is None:
-            cache = InfiniCache(self.config)
+            cache = self.cache_class(self.config)
 
         like = self.embed_tokens.weight if inputs_embeds is None else inputs_embeds
         if isinstance(cache, InfiniStepCache):
@@ -288,7 +290,7 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
 class InfiniForCausalLMMixin(InfiniPreTrainedMixin):
     """Put before a family's language-model class: builds it around the decoder with memories."""
 
-    model_class: type[InfiniModelMixin]
+    model_class: type[Any]
 
     def __init__(self, config: Any) -> None:
         # Not the family's own __init__, which would build a decoder without memories first.
@@ -364,7 +366,7 @@ class InfiniForCausalLMMixin(InfiniPreTrainedMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Give `generate()` an InfiniCache where it would make a cache of its own."""
+        """Give `generate()` a cache of the decoder's where it would make one of its own."""
         wanted = generation_config.cache_implementation
         if wanted not in (None, "dynamic"):
             raise ValueError(
@@ -372,7 +374,7 @@ class InfiniForCausalLMMixin(InfiniPreTrainedMixin):
                 "size and needs no such help; leave cache_implementation out"
             )
         if model_kwargs.get(CACHE_ARGUMENT) is None and generation_config.use_cache is not False:
-            model_kwargs[CACHE_ARGUMENT] = InfiniCache(self.config)  # type: ignore[attr-defined]
+            model_kwargs[CACHE_ARGUMENT] = self.model_class.cache_class(self.config)  # type: ignore[attr-defined]
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args, **kwargs
         )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from infini_attention.models.attention import InfiniAttentionMixin, SegmentContext
+from infini_attention.models.attention import FamilyAttentionMixin, InfiniAttentionMixin, SegmentContext
 from infini_attention.models.cache import InfiniCache
 from infini_attention.models.compat import CACHE_ARGUMENT, pop_cache
 from infini_attention.models.memory_off import SHUT, memory_off
@@ -55,13 +55,20 @@ class Observation:
         return self.loss_memory_off - self.loss
 
 
-def gate_logits(model: Any) -> Tensor:
-    """All gates' logits, (layers with a memory, heads) fp32 on the CPU, detached.
+def gated_layers(model: nn.Module) -> list[int]:
+    """Numbers of the layers whose heads have a gate, in order; none in baselines that have no gates."""
+    return [attention.layer_idx for attention in _gated(model)]
 
-    Sharded gates are gathered, so every process has to call it. Raises ValueError for a model without
-    memories.
+
+def gate_logits(model: nn.Module) -> Tensor:
+    """All gates' logits, (`gated_layers`, heads) fp32 on the CPU, detached.
+
+    Sharded gates are gathered, so every process has to call it. Raises ValueError for a model without gates.
     """
-    return torch.stack([_logits(attention) for attention in _attentions(model)])
+    gated = _gated(model)
+    if not gated:
+        raise ValueError(f"{type(model).__name__} has no memories; give an infini_* model, see retrofit()")
+    return torch.stack([_logits(attention) for attention in gated])
 
 
 @torch.no_grad()
@@ -131,7 +138,15 @@ def _attentions(model: nn.Module) -> list[InfiniAttentionMixin]:
     return attentions
 
 
-def _logits(attention: InfiniAttentionMixin) -> Tensor:
+def _gated(model: nn.Module) -> list[Any]:
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, FamilyAttentionMixin) and hasattr(module, "memory_gate")
+    ]
+
+
+def _logits(attention: Any) -> Tensor:
     # Not by isinstance: where an adapter trains a copy of the gate, this is the copy.
     logits: Any = attention.memory_gate.logits.detach()
     whole: Tensor = logits.full_tensor() if hasattr(logits, "full_tensor") else logits

@@ -33,22 +33,22 @@ def in_runs(
     run to the first, except where `detach_every` cuts them off.
 
     Args:
-        model: a decoder in which every layer has a memory.
+        model: a decoder whose layers carry nothing that grows.
         inputs: (batch, length) ids, or embeddings (batch, length, hidden_size).
         attention_mask: as in the decoder's forward.
         position_ids: not used, but where they restart documents are packed, which is refused.
         segment_weights: (batch, segments) as in the decoder's forward.
-        cache: an InfiniCache to go on from, which has the last states afterwards; or None.
+        cache: a cache of its `cache_class` to go on from, which has the last states afterwards; or None.
         use_cache: whether to return one where none was given.
         checkpoint_segments: a whole number of at least 1, or None.
         detach_every: a multiple of it, or None.
         **kwargs: what else the family's forward takes.
 
     Raises:
-        ValueError: numbers that do not divide, layers without a memory, packed documents, or weights beside
-            rows that are cut at different places.
+        ValueError: numbers that do not divide, packed documents, or weights beside rows that are cut at
+            different places.
     """
-    carried = InfiniCache(model.config) if cache is None else cache.copy()
+    carried = model.cache_class(model.config) if cache is None else cache.copy()
     seen, (batch, length) = carried.get_seq_length(), inputs.shape[:2]
     padding_mask = padding_of(attention_mask, batch=batch, length=length, seen=seen)
     _check(model, position_ids, padding_mask, kwargs, checkpoint_segments, detach_every)
@@ -66,7 +66,7 @@ def in_runs(
         return output.last_hidden_state, after
 
     hidden = []
-    for number, run in enumerate(_runs(length, run_segments, model.config.segment_length, used)):
+    for number, run in enumerate(segment_runs(length, run_segments, model.config.segment_length, used)):
         if detach_every is not None and number and number * run_segments % detach_every == 0:
             carried = carried.detach()
         columns = slice(number * run_segments, (number + 1) * run_segments)
@@ -83,6 +83,15 @@ def in_runs(
     return BaseModelOutputWithPast(last_hidden_state=torch.cat(hidden, dim=1), **kept)
 
 
+def segment_runs(length: int, run_segments: int, segment_length: int, used: int) -> Iterator[slice]:
+    """The tokens of each run of so many segments; the first finishes one that has `used` tokens already."""
+    start = 0
+    while start < length:
+        stop = min(length, start + run_segments * segment_length - (used if start == 0 else 0))
+        yield slice(start, stop)
+        start = stop
+
+
 def _check(
     model: Any,
     position_ids: Tensor | None,
@@ -91,7 +100,6 @@ def _check(
     checkpoint_segments: int | None,
     detach_every: int | None,
 ) -> None:
-    model.config.check_every_layer_has_memory()
     for name, number in (("checkpoint_segments", checkpoint_segments), ("detach_every", detach_every)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}; give at least 1, or None")
@@ -129,12 +137,3 @@ def _used(open_lengths: Tensor | None, padding_mask: Tensor | None, segment_weig
             "that no run has the same segments in all rows; give rows of equal length, or no weights"
         )
     return used[0] if alike else 0
-
-
-def _runs(length: int, run_segments: int, segment_length: int, used: int) -> Iterator[slice]:
-    """The tokens of each run; the first finishes the segment that is open."""
-    start = 0
-    while start < length:
-        stop = min(length, start + run_segments * segment_length - (used if start == 0 else 0))
-        yield slice(start, stop)
-        start = stop

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from infini_attention.models.cache import InfiniCache, InfiniCacheLayer
+from infini_attention.models.config import InfiniConfigMixin
 from infini_attention.ops import MemoryState
 
 
@@ -19,8 +20,13 @@ class CarriedMemory:
     def cache(self, config: Any, starts: Tensor | None) -> InfiniCache:
         """A cache that goes on from the last step; rows start afresh where `starts`, (rows,) bool, says so.
 
-        Raises ValueError where the batch does not say which rows do, or has other rows than the last one.
+        Raises ValueError where the batch does not say which rows do, or has other rows than the last one,
+        and for a model that carries something else.
         """
+        if not isinstance(config, InfiniConfigMixin):
+            raise ValueError(
+                f"carry_memory is set, and a {type(config).__name__} is of no infini_* model; leave it out"
+            )
         config.check_every_layer_has_memory()
         cache = InfiniCache(config)
         if starts is None:

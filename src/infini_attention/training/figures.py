@@ -8,7 +8,7 @@ from torch import Tensor
 
 from infini_attention.models import memory_off
 from infini_attention.models.loss import IGNORED, predicted
-from infini_attention.models.observe import gate_logits
+from infini_attention.models.observe import gate_logits, gated_layers
 from infini_attention.training.material import Material
 from infini_attention.training.trainer import InfiniTrainer
 
@@ -16,9 +16,10 @@ Batch = dict[str, Any]
 
 
 def measured(trainer: InfiniTrainer, material: Material) -> dict[str, float]:
-    """What the trained model does with its memory, and without."""
+    """What the trained model does, and where a gate can shut its memory off, what it does without."""
     model: Any = trainer.model
-    figures = {"gate_max": gate_logits(model).sigmoid().max().item()}
+    gated = bool(gated_layers(model))
+    figures = {"gate_max": gate_logits(model).sigmoid().max().item()} if gated else {}
     # Else rows are counted twice to make batches even, which sharded models need: all take part in each.
     trainer.accelerator.dataloader_config.even_batches = trainer.is_fsdp_enabled
     if material.validation is None:
@@ -27,8 +28,9 @@ def measured(trainer: InfiniTrainer, material: Material) -> dict[str, float]:
     for part in material.validation if isinstance(material.validation, dict) else [None]:
         name = material.figure if part is None else f"{material.figure}_{part}"
         figures[name] = measure(trainer, part)
-        with memory_off(model):
-            figures[f"{name}_memory_off"] = measure(trainer, part)
+        if gated:
+            with memory_off(model):
+                figures[f"{name}_memory_off"] = measure(trainer, part)
     return {name: round(figure, 4) for name, figure in figures.items()}
 
 

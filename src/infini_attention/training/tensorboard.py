@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
 
-from infini_attention.models.observe import Observation, gate_logits
+from infini_attention.models.observe import Observation, gate_logits, gated_layers
 from infini_attention.training.view import heat
 
 CELL = 16  # pixels a head, and a layer
@@ -43,6 +43,8 @@ class MemoryBoard(TensorBoardCallback):
     ) -> None:
         """Write the log's figures, then the gates' and the memory's pictures."""
         super().on_log(args, state, control, logs=logs, model=model, **kwargs)
+        if not gated_layers(model):
+            return
         gates = gate_logits(model).sigmoid()  # by every process: sharded gates are gathered
         if logs is None or "loss" not in logs or not state.is_world_process_zero:
             return

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.models.inputs import packed_documents
 from infini_attention.models.loss import predicted
-from infini_attention.models.observe import Observation, gate_logits, observe
+from infini_attention.models.observe import Observation, gate_logits, gated_layers, observe
 from infini_attention.training.arguments import InfiniTrainingArguments
 from infini_attention.training.carrying import CarriedMemory
 from infini_attention.training.checkpoints import damage, keep_newest, newest_checkpoint, seal, unseal
@@ -237,9 +237,12 @@ class InfiniTrainer(Trainer):
         super().log(logs, *arguments, **settings)
 
     def _figures(self) -> dict[str, float]:
-        shares = gate_logits(self.model).sigmoid()
-        figures = {"gate_min": shares.min(), "gate_mean": shares.mean(), "gate_max": shares.max()}
-        logs = {name: round(value.item(), 4) for name, value in figures.items()}
+        model: Any = self.model
+        logs: dict[str, float] = {}
+        if gated_layers(model):
+            shares = gate_logits(model).sigmoid()
+            figures = {"gate_min": shares.min(), "gate_mean": shares.mean(), "gate_max": shares.max()}
+            logs = {name: round(value.item(), 4) for name, value in figures.items()}
         if "gates" in self._rates:
             logs["gate_learning_rate"] = self._rates["gates"]
         if self.observation is not None and self.observation is not self._logged:

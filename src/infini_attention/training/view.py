@@ -21,7 +21,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from infini_attention.models.observe import Observation, gate_logits
+from infini_attention.models.observe import Observation, gate_logits, gated_layers
 
 FIGURES = {  # of the trainer's log, in the order in which they are shown: name and format
     "loss": ("loss", "{:.4f}"),
@@ -112,14 +112,15 @@ class TrainingView(TrainerCallback):
         **_: Any,
     ) -> None:
         """Show the latest figures."""
-        gates = gate_logits(model).sigmoid()  # by every process: sharded gates are gathered
+        layers = gated_layers(model)
+        gates = gate_logits(model).sigmoid() if layers else None  # by every process: some may be sharded
         if logs is None or not state.is_world_process_zero:
             return
         self._figures |= logs
         if self._live is None:
             self._console.print(self._line(state, logs), soft_wrap=True, markup=False, highlight=False)
         else:
-            self._live.update(self._picture(gates, sorted(model.config.infini_layers)), refresh=True)
+            self._live.update(self._picture(gates, layers), refresh=True)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave the last picture standing."""
@@ -138,14 +139,16 @@ class TrainingView(TrainerCallback):
             parts.append(f"time left {timedelta(seconds=round(seconds))}")
         return "  ".join(parts)
 
-    def _picture(self, gates: Tensor, layers: list[int]) -> RenderableType:
+    def _picture(self, gates: Tensor | None, layers: list[int]) -> RenderableType:
+        warnings = [Text(f"! {words}", style="yellow") for words in self._said[-LATEST:]]
+        if gates is None:
+            return Group(self._progress, "", _figures(self._figures), "", *warnings)
         top = Table.grid(padding=(0, 6))
         top.add_row(_figures(self._figures), _histogram(gates))
         lines = self._console.height - max(len(self._figures), BINS) - OTHER_LINES
         rows, cells = max(lines, LEAST_ROWS), (self._console.width - OTHER_COLUMNS) // 2
         cells = min(max(cells, LEAST_CELLS), MOST_CELLS)
         heads = _heat_map(gates, layers, self._observation(), rows, cells)
-        warnings = [Text(f"! {words}", style="yellow") for words in self._said[-LATEST:]]
         return Group(self._progress, "", top, "", heads, _legend(), "", *warnings)
 
 

@@ -55,8 +55,7 @@ class MemoryWarnings(TrainerCallback):
         self._losses.clear()
         gates = [module for module in model.modules() if isinstance(module, MemoryGate)]
         trained = any(gate.logits.requires_grad for gate in gates)
-        start = gate_logits(model)
-        self._start, self._first_step = start if trained else None, state.global_step
+        self._start, self._first_step = gate_logits(model) if trained else None, state.global_step
 
     def on_log(
         self,
@@ -70,14 +69,15 @@ class MemoryWarnings(TrainerCallback):
         """Look at the latest figures, where they are of training."""
         if logs is None or "loss" not in logs:
             return
-        logits = gate_logits(model)  # by every process: sharded gates are gathered
+        # By every process: sharded gates are gathered.
+        moved = None if self._start is None else (gate_logits(model) - self._start).abs().max().item()
         if not state.is_world_process_zero:
             return
         self._look_at_loss(logs["loss"], state.global_step)
-        if self._start is None:
+        if moved is None:
             return
         steps = state.global_step - self._first_step
-        self._look_at_gates((logits - self._start).abs().max().item(), steps)
+        self._look_at_gates(moved, steps)
         observation = self._observation()
         if observation is not None and observation is not self._last:
             self._last = observation
