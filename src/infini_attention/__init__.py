@@ -1,8 +1,9 @@
 """Infini-attention: transformers that read texts of any length with a memory of fixed size.
 
-Importing this makes the `infini_*` model types known to transformers' Auto classes.
+Importing this makes the `infini_*` model types, and those of baselines, known to transformers' Auto classes.
 """
 
+from infini_attention import baselines as baselines
 from infini_attention.layers import InfiniAttention, MemoryGate
 from infini_attention.models import InfiniCache, retrofit
 from infini_attention.models.families import (

@@ -1,0 +1,55 @@
+"""Transformer-XL (arXiv 1901.02860): a segment sees the whole one before it, in every layer.
+
+Section 3.2, for layer n and segment s:
+
+    h~_s^{n-1} = [SG(h_{s-1}^{n-1}) o h_s^{n-1}]    q = h_s^{n-1} W_q    k, v = h~_s^{n-1} W_k, h~_s^{n-1} W_v
+
+with SG for no gradient: W_k and W_v learn from what later segments do with a cached token, the layers below
+do not. RoPE (arXiv 2104.09864) stands for the relative encoding of section 3.3: cached tokens are at
+positions -N to -1, those of the segment from 0, so that the distance of query and key is all that counts.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infini_attention.baselines.attention import SegmentAttentionMixin
+from infini_attention.baselines.config import BaselineConfigMixin
+from infini_attention.ops.local import continued
+
+
+@dataclass(kw_only=True)
+class TransformerXLConfigMixin(BaselineConfigMixin):
+    """A Transformer-XL: the fields of `BaselineConfigMixin`."""
+
+    local_cache = True
+
+    def memory_floats(self, length: int) -> int:
+        """(d_key + d_value) H N l."""
+        return self.floats_a_token * self._layers * min(self.whole_segments(length), 1) * self.segment_length
+
+    def keys_seen(self, layer: int, length: int) -> float:
+        """Those of its own segment up to it, and those of the one before."""
+        return self.mean_keys(length, lambda start: self.segment_length if start else 0)
+
+
+class TransformerXLAttentionMixin(SegmentAttentionMixin):
+    """Put before a family's attention class: attention over a segment and the one before it, cached whole."""
+
+    def close(self, state: Any, hidden_states: Tensor) -> Any:
+        """The segment as the next one's cache, unless `config.local_cache` is False.
+
+        Where there are gradients to come, keys and values are made anew from SG(h): of all tokens, if the
+        segment came whole, as in training; of the last ones, if it came in several calls.
+        """
+        if not self.config.local_cache:
+            return super().close(state, hidden_states)
+        key, value = state.key.detach(), state.value.detach()
+        if torch.is_grad_enabled():
+            earlier = key.shape[2] - hidden_states.shape[1]
+            _, latest_key, latest_value = self._project(hidden_states.detach())
+            key = continued(key[:, :, :earlier], latest_key)
+            value = continued(value[:, :, :earlier], latest_value)
+        return replace(state.forgotten(), cached_key=key, cached_value=value)
