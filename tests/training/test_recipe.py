@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from infini_attention.cli import main
-from infini_attention.models import FAMILIES
+from infini_attention.models import FAMILIES, load_model
 from infini_attention.training.estimate import _counting, _kept
 from infini_attention.training.models import make_model, segment_length_of
 from infini_attention.training.recipe import ModelRecipe, read_recipe
@@ -97,6 +97,16 @@ def test_a_wrong_name_or_type_is_named(capsys: pytest.CaptureFixture[str], overr
         (["--data.pack=true", "--data.length=77"], "data.length, data.pack belong to documents"),
         (["--training.gate_warmup_steps=-5"], "gate_warmup_steps is -5; give at least 0"),
         (["--training.loss_chunk=0"], "loss_chunk is 0; give at least 1"),
+        (
+            ["--model.baseline=transformer_xl", "--training.observe_steps=0", "--model.memory=false"],
+            r"model.baseline is 'transformer_xl', which has no use for model.feature_map, model.memory, "
+            r"model.gate_init; leave out",
+        ),
+        (
+            ["--model.baseline=full", "--training.detach_every=2", "--training.repeat_ceiling=9"],
+            r"'full', which has no use for .*training.observe_steps, training.repeat_ceiling, "
+            r"training.detach_every",
+        ),
     ],
 )
 def test_what_contradicts_itself_is_refused_in_words(overrides: list[str], words: str) -> None:
@@ -114,6 +124,23 @@ def test_sizes_and_families_that_are_not_there_are_named() -> None:
         make_model(recipe, 64)
     recipe.family = "bert"
     with pytest.raises(ValueError, match=r"model.family is 'bert'; choose one of llama, mistral"):
+        make_model(recipe, 64)
+
+
+def test_a_baseline_has_sizes_of_its_own(tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path)).recipe.model
+    recipe.baseline, recipe.gate_init = "memorizing", -1.0
+    recipe.sizes = {**SIZES, "memory_size": 100}
+    config = make_model(recipe, 64).config
+    assert (config.segment_length, config.memory_size, config.gate_init) == (16, 100, -1.0)
+    recipe.baseline, recipe.gate_init = "transformer_xl", None
+    with pytest.raises(ValueError, match=r"memory_size, which are no sizes of TransformerXLLlamaConfig"):
+        make_model(recipe, 64)
+    recipe.baseline = "memorising"
+    with pytest.raises(ValueError, match=r"model.baseline is 'memorising'; choose one of 'full', 'transf"):
+        make_model(recipe, 64)
+    recipe.baseline, recipe.family, recipe.sizes = "full", "qwen3", SIZES
+    with pytest.raises(ValueError, match=r"model.family is 'qwen3', and model.baseline 'full'; .* of llama"):
         make_model(recipe, 64)
 
 
@@ -251,6 +278,34 @@ def test_every_way_to_train_ends_with_figures(tmp_path: Path, changes: dict[str,
     without = not reading.recipe.model.memory
     assert (figures["gate_max"] == 0) == without
     assert (figures["validation_loss"] == figures["validation_loss_memory_off"]) == without
+
+
+@pytest.mark.parametrize(
+    ("baseline", "changes"),
+    [
+        ("full", {"training": {"gradient_checkpointing": True}}),
+        ("transformer_xl", {"training": {"least_segments": 2, "curriculum_steps": 3}}),
+        ("memorizing", {"training": {"checkpoint_segments": 1, "gradient_accumulation_steps": 2}}),
+        ("recurrent_memory", {"training": {"detach_every": 2, "optim": "adafactor"}}),
+    ],
+)
+def test_every_baseline_trains_and_loads_again(
+    tmp_path: Path, baseline: str, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"memory_tokens": 4} if baseline == "recurrent_memory" else {}
+    model = {"baseline": baseline, "sizes": SIZES | own}
+    path = write(tmp_path, model=model, **changes)
+    main(["train", str(path), "--dry-run", "--json"])
+    needs = json.loads(capsys.readouterr().out)
+    assert needs["activations_gb"] > 0
+    main(["train", str(path), "--json"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["steps"] == 6 and figures["validation_loss"] < 6
+    gated = baseline == "memorizing"
+    assert ("gate_max" in figures) == ("validation_loss_memory_off" in figures) == gated
+    loaded = load_model(tmp_path / "run" / "model")
+    assert type(loaded).__name__ == needs["model"]
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == needs["parameters"]
 
 
 @pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

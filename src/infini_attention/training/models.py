@@ -8,15 +8,19 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
+from infini_attention.baselines import BASELINES
 from infini_attention.layers import MemoryGate
 from infini_attention.models import FAMILIES, load_model, retrofit
 from infini_attention.models.config import InfiniConfigMixin
 from infini_attention.models.memory_off import SHUT
+from infini_attention.ops.options import check_choice
 from infini_attention.training.recipe import ModelRecipe
 
 
 def make_model(recipe: ModelRecipe, vocab_size: int) -> Any:
     """The model, in fp32: fresh, retrofitted, or as it is where it has memories; raises ValueError."""
+    if recipe.baseline is not None:
+        return _fresh_baseline(recipe, vocab_size)
     settings: dict[str, Any] = {
         "segment_length": recipe.segment_length,
         "update_rule": recipe.update_rule,
@@ -73,14 +77,35 @@ def _refuse_memory_settings(recipe: ModelRecipe) -> None:
 
 
 def _fresh(recipe: ModelRecipe, vocab_size: int, settings: dict[str, Any]) -> Any:
-    families = {
-        base.__name__.removesuffix("ForCausalLM").lower(): family for base, family in FAMILIES.items()
-    }
-    if recipe.family not in families:
-        raise ValueError(f"model.family is {recipe.family!r}; choose one of {', '.join(families)}")
-    family = families[recipe.family]
-    not_here = {field.name for field in fields(InfiniConfigMixin)} | {"vocab_size"}  # set by other means
-    known = {field.name for field in fields(family.config_class)} - not_here
+    own = {field.name for field in fields(InfiniConfigMixin)}  # set by other means than sizes
+    return _of_sizes(recipe, FAMILIES, vocab_size, settings | {"infini_layers": recipe.layers}, own)
+
+
+def _fresh_baseline(recipe: ModelRecipe, vocab_size: int) -> Any:
+    assert recipe.baseline is not None
+    check_choice("model.baseline", recipe.baseline, list(BASELINES))
+    settings: dict[str, Any] = {"segment_length": recipe.segment_length}
+    if recipe.gate_init is not None:
+        settings["gate_init"] = recipe.gate_init
+    return _of_sizes(
+        recipe, BASELINES[recipe.baseline], vocab_size, settings, {"segment_length", "gate_init"}
+    )
+
+
+def _of_sizes(
+    recipe: ModelRecipe,
+    families: dict[type, type[Any]],
+    vocab_size: int,
+    settings: dict[str, Any],
+    own: set[str],
+) -> Any:
+    """A fresh model of the recipe's family and sizes, which leave the fields `own` to `settings`."""
+    by_name = {base.__name__.removesuffix("ForCausalLM").lower(): family for base, family in families.items()}
+    if recipe.family not in by_name:
+        whose = "" if recipe.baseline is None else f", and model.baseline {recipe.baseline!r}"
+        raise ValueError(f"model.family is {recipe.family!r}{whose}; choose one of {', '.join(by_name)}")
+    family = by_name[recipe.family]
+    known = {field.name for field in fields(family.config_class)} - own - {"vocab_size"}
     strangers = sorted(set(recipe.sizes) - known)
     if strangers:
         raise ValueError(
@@ -91,7 +116,7 @@ def _fresh(recipe: ModelRecipe, vocab_size: int, settings: dict[str, Any]) -> An
     if "num_attention_heads" in recipe.sizes:  # a head has its own keys and values unless sizes say otherwise
         sizes["num_key_value_heads"] = recipe.sizes["num_attention_heads"]
     try:
-        config = family.config_class(**sizes | recipe.sizes, **settings, infini_layers=recipe.layers)
+        config = family.config_class(**sizes | recipe.sizes, **settings)
     except StrictDataclassError as error:
         raise ValueError(f"model.sizes make no {recipe.family}: {error}") from error
     return family(config)

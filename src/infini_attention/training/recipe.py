@@ -19,19 +19,24 @@ class ModelRecipe:
         base: A pre-trained model, by name, folder, GGUF file or alias: retrofitted, or gone on with if it has
             memories. None for fresh weights.
         family: Of fresh weights: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3, smollm3 or granite.
-        sizes: Fields of the family's config, for fresh weights; the vocabulary's size comes from the data.
+        baseline: Another system on the same skeleton, with fresh weights: full, transformer_xl, memorizing or
+            recurrent_memory. None for Infini-attention.
+        sizes: Fields of the family's config, for fresh weights, and of the baseline's, such as memory_tokens;
+            the vocabulary's size comes from the data.
         segment_length: Tokens a segment.
         update_rule: linear or delta.
         feature_map: Of the memory.
         normalization: Of what the memory answers: sum, root, none or unit.
         empty_memory: local or gated.
         layers: That get a memory; by default all that can have one.
-        gate_init: Logit of every gate; by default 0 for fresh weights and -4 for a retrofit.
+        gate_init: Logit of every gate, also of memorizing; by default 0 for fresh weights and -4 for a
+            retrofit.
         memory: False shuts the gates for good and does not train them: the same model without memory.
     """
 
     base: str | None = None
     family: str = "llama"
+    baseline: str | None = None
     sizes: dict[str, Any] = field(default_factory=dict)
     segment_length: int = 2048
     update_rule: str = "linear"
@@ -147,6 +152,8 @@ class Recipe:
                 f"training.least_segments is {self.training.least_segments}, which would cut answers off; "
                 "set data.passkey.least_segments instead"
             )
+        if model.baseline is not None:
+            self._refuse_settings_of_memories()
         if data.documents is None:
             self._refuse_settings_of_documents()
         if data.pack and self.training.least_segments is not None:
@@ -156,6 +163,29 @@ class Recipe:
             )
         if data.pack and self.training.carry_memory:
             raise ValueError("data.pack and training.carry_memory exclude each other; leave one out")
+
+    def _refuse_settings_of_memories(self) -> None:
+        """Raise ValueError for what a baseline has no use for."""
+        name, training, usual = self.model.baseline, self.training, ModelRecipe()
+        fields = ["base", "update_rule", "feature_map", "normalization", "empty_memory", "layers", "memory"]
+        fields += ["gate_init"] * (name != "memorizing")
+        given = {f"model.{field}": getattr(self.model, field) != getattr(usual, field) for field in fields}
+        given |= {
+            "data.pack": self.data.pack,
+            "training.carry_memory": training.carry_memory,
+            "training.context_parallel_size": training.context_parallel_size > 1,
+            "training.cuda_graphs": training.cuda_graphs,  # not tried
+            "training.observe_steps": training.observe_steps > 0,
+            "training.repeat_ceiling": training.repeat_ceiling > 1,
+        }
+        if name == "full":
+            given["training.checkpoint_segments"] = training.checkpoint_segments is not None
+            given["training.detach_every"] = training.detach_every is not None
+        if wrong := [setting for setting, is_set in given.items() if is_set]:
+            raise ValueError(
+                f"model.baseline is {name!r}, which has no use for {', '.join(wrong)}; leave out one or the "
+                "other"
+            )
 
     def _refuse_settings_of_documents(self) -> None:
         """Raise ValueError for what a task that makes its own rows would not use."""

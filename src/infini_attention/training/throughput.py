@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from infini_attention.baselines.config import BaselineConfigMixin
 from infini_attention.models.config import head_dim_of
 from infini_attention.ops import feature_maps
 
@@ -34,7 +35,7 @@ class Throughput:
     Work that is done twice to save memory counts once, as is the custom.
 
     Args:
-        model: an `infini_*` language model.
+        model: an `infini_*` language model, or a baseline.
         args: says on which device it trains, and in which precision.
     """
 
@@ -73,7 +74,8 @@ def flops_per_token(model: Any, length: int) -> float:
     for its own. Attention takes three times its forward, which a head is 2 d (N + 2 f) with a memory under
     the linear rule, 2 d (N + 3 f) under the delta rule, where N is the segment length or, if less, that of
     the sequence, and f the number of features of a key, mostly d; and 2 d times the length without a memory,
-    since a token sees half of it. The embedding's lookup counts nothing.
+    since a token sees half of it. A baseline's is 4 d times the keys that a token sees, and tokens that it
+    adds to a text count nothing. The embedding's lookup counts nothing.
     """
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     matrices = sum(linear.weight.numel() * (6 if linear.weight.requires_grad else 4) for linear in linears)
@@ -92,7 +94,9 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float | None:
 def _attention_flops(config: Any, layer: int, length: int) -> float:
     """A token's in one layer, forward, all heads together."""
     width = head_dim_of(config)
-    if layer in config.infini_layers:
+    if isinstance(config, BaselineConfigMixin):
+        seen = 2 * config.keys_seen(layer, length)
+    elif layer in config.infini_layers:
         features = feature_maps.get(config.feature_map).feature_dim(width)
         seen = min(config.segment_length, length) + {"linear": 2, "delta": 3}[config.update_rule] * features
     else:
