@@ -130,16 +130,29 @@ def test_rows_of_the_cache_can_be_selected_repeated_and_reordered(model: Any) ->
 
 
 @torch.no_grad()
-def test_copies_of_the_cache_go_their_own_way_and_a_reset_one_is_new(model: Any) -> None:
+def test_copies_of_the_cache_go_their_own_way(model: Any) -> None:
     tokens, more = make_tokens(1, 20), make_tokens(1, 5, seed=3)
-    first, cache = feed(model, tokens, [20])
+    cache = feed(model, tokens, [20])[1]
     expected = feed(model, more, [5], copy.deepcopy(cache))[0]
     for branch in (cache.copy(), copy.deepcopy(cache), cache.copy().to("cpu")):
         feed(model, make_tokens(1, 9, seed=4), [9], branch)
     assert torch.equal(feed(model, more, [5], cache)[0], expected)
+
+
+@torch.no_grad()
+def test_a_reset_cache_is_a_new_one(segmented: Any) -> None:
+    tokens = make_tokens(2, 20)
+    first, cache = feed(segmented, tokens, [20])
     cache.reset()
-    assert cache.get_seq_length() == 0
-    assert torch.equal(feed(model, tokens, [20], cache)[0], first)
+    assert cache.get_seq_length() == 0 and cache.nbytes == 0
+    assert torch.equal(feed(segmented, tokens, [20], cache)[0], first)
+
+
+@torch.no_grad()
+def test_tokens_cannot_be_taken_back(segmented: Any) -> None:
+    cache = feed(segmented, make_tokens(1, 20), [20])[1]
+    with pytest.raises(ValueError, match=r"crop\(\) cannot take tokens back"):
+        cache.crop(-1)
 
 
 @torch.no_grad()
