@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from infini_attention.ops import MemoryState, infini_attention, segment_positions
+from infini_attention.ops.convolution import short_convolution
 
 
 class MemoryGate(nn.Module):
@@ -40,6 +41,45 @@ class MemoryGate(nn.Module):
             return tensor.to(changed.device) if narrowed else changed
 
         return super()._apply(keep_precision, recurse)
+
+
+class ShortConvolution(nn.Module):
+    """Every channel's learned mixture of a token and those just before it; see `ops.convolution`.
+
+    Fresh weights begin at random: a query and a key can then match by what stands just before them. As the
+    identity it changes nothing.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begin as torch's own convolutions do: uniform within 1 / sqrt(width)."""
+        nn.init.uniform_(self.weight, -self.bound, self.bound)
+
+    @property
+    def bound(self) -> float:
+        """The largest absolute value of a fresh weight."""
+        return float(self.weight.shape[1] ** -0.5)
+
+    def become_identity(self) -> "ShortConvolution":
+        """Let every token be itself alone."""
+        with torch.no_grad():
+            self.weight.zero_()[:, 0] = 1
+        return self
+
+    def forward(
+        self, x: Tensor, recent: Tensor | None, *, positions: Tensor, padding_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The mixtures, of x's shape and dtype, and what to look back at later; see `ops.convolution`."""
+        return short_convolution(x, self.weight, recent, positions=positions, padding_mask=padding_mask)
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(model)`."""
+        channels, width = self.weight.shape
+        return f"channels={channels}, width={width}"
 
 
 class InfiniAttention(nn.Module):

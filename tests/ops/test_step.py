@@ -76,7 +76,7 @@ def test_steps_equal_the_function_for_rows_at_different_places(
     for row in range(3):
         (stored,) = buffers.store(row, places[row])
         for name in vars(stored):
-            if name != "segment_length":
+            if name not in ("segment_length", "recent"):
                 assert torch.allclose(
                     getattr(stored, name).double(), getattr(states[row], name).double(), atol=1e-12
                 ), name

@@ -5,6 +5,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from infini_attention.layers import ShortConvolution
 from infini_attention.models import retrofit
 from infini_attention.streaming import Session
 
@@ -39,14 +40,21 @@ def make_model() -> Callable[..., LlamaForCausalLM]:
         model = retrofit(
             LlamaForCausalLM(config).eval(), **{"segment_length": SEGMENT, "gate_init": 1.0, **settings}
         )
+        for module in model.modules():
+            if isinstance(module, ShortConvolution):
+                module.reset_parameters()  # the identity would hide what it looks back at
         return model.eval()
 
     return make
 
 
-@pytest.fixture(scope="session", params=["linear", "delta"])
+@pytest.fixture(
+    scope="session",
+    params=[{"update_rule": "linear"}, {"update_rule": "delta", "short_convolution": 3}],
+    ids=["linear", "delta, convolved"],
+)
 def model(request: pytest.FixtureRequest, make_model: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
-    return make_model(update_rule=request.param)
+    return make_model(**request.param)
 
 
 @pytest.fixture

@@ -38,6 +38,8 @@ SHAPES = Shapes(
     feature_dim=3,
     head_dim=3,
     value_dim=2,
+    recent=2,
+    recent_channels=5,
     vocab_size=11,
     most_tail=20,
     most_snapshots=4,
@@ -75,7 +77,11 @@ def make(
     opened = None
     if exact:
         opened = OpenSegment(
-            some(2, 1, 3, 2), some(2, 1, 3), some(2, 1, 3, 3, dtype=dtype), some(2, 1, 3, 2, dtype=dtype)
+            some(2, 1, 3, 2),
+            some(2, 1, 3),
+            some(2, 1, 3, 3, dtype=dtype),
+            some(2, 1, 3, 2, dtype=dtype),
+            some(2, 2, 5, dtype=dtype),
         )
     return StateContents(
         fingerprint=replace(PRINT, dtype=str(dtype).removeprefix("torch.")),
@@ -173,11 +179,24 @@ def test_a_state_at_a_segments_end_comes_back(path: Path, end: int) -> None:
 
 def test_an_open_segment_may_have_no_token_yet(path: Path) -> None:
     opened = OpenSegment(
-        torch.zeros(2, 1, 3, 2), torch.zeros(2, 1, 3), *(torch.zeros(2, 1, 0, n).bfloat16() for n in (3, 2))
+        torch.zeros(2, 1, 3, 2),
+        torch.zeros(2, 1, 3),
+        *(torch.zeros(2, 1, 0, n).bfloat16() for n in (3, 2)),
+        torch.zeros(2, 2, 5).bfloat16(),
     )
     contents = replace(make(exact=True), open_segment=opened)
     write_state(path, contents)
     assert same(read(path), contents)
+
+
+def test_without_a_short_convolution_nothing_is_looked_back_at(path: Path) -> None:
+    whole = make(exact=True)
+    assert whole.open_segment is not None
+    contents = replace(whole, open_segment=replace(whole.open_segment, recent=None))
+    write_state(path, contents)
+    assert same(read_state(path, PRINT, replace(SHAPES, recent=0, recent_channels=0)), contents)
+    with pytest.raises(StateFileError, match="recent"):
+        read(path)
 
 
 def test_the_same_state_makes_the_same_bytes(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """The one attention layer of all families: the family's projections, norms and rotation over a memory."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from infini_attention.layers import MemoryGate
+from infini_attention.layers import MemoryGate, ShortConvolution
 from infini_attention.models.cache import InfiniStepCache
 from infini_attention.models.compat import pop_cache
 from infini_attention.ops import MemoryState, infini_attention
@@ -25,6 +27,7 @@ class SegmentContext(NamedTuple):
         padding_mask: (batch, length) bool, True = a real token; None when all are.
         cu_seqlens: (documents + 1,) for packed documents, else None.
         rotations: by type of layer, the rotation at each token's position inside its own segment.
+        positions: of each token inside its own segment, (batch or 1, length).
         segment_weights: (rows, segments) how often each segment counts in memory; None for once.
         context_group: the process group whose ranks hold runs of segments of these rows, if there is one.
     """
@@ -32,6 +35,7 @@ class SegmentContext(NamedTuple):
     padding_mask: Tensor | None
     cu_seqlens: Tensor | None
     rotations: dict[str, Rotation]
+    positions: Tensor
     segment_weights: Tensor | None = None
     context_group: Any = None
 
@@ -59,10 +63,12 @@ class FamilyAttentionMixin(nn.Module):
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value in value's dtype: (batch, heads or kv_heads, length, head_dim)."""
-        query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projections = self.q_proj, self.k_proj, self.v_proj
+        return self._in_heads(*(projection(hidden_states) for projection in projections))
+
+    def _in_heads(self, *projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same from query, key and value as projected, (batch, length, heads * head_dim)."""
+        query, key, value = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in projected)
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
         # Under autocast a norm or a rotation may come out wider than the projections.
@@ -78,13 +84,17 @@ class FamilyAttentionMixin(nn.Module):
 class InfiniAttentionMixin(FamilyAttentionMixin):
     """Put before a family's attention class: same projections and parameter names, and a memory.
 
-    Queries and keys go to the memory as they come from the projections (and norms, where the family has
-    them), before rotation; local attention sees them rotated by positions that restart in every segment.
+    Queries and keys go to the memory as they come from the projections (and from a short convolution and
+    norms, where the model has them), before rotation; local attention sees them rotated by positions that
+    restart in every segment.
     """
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.memory_gate = MemoryGate(config.num_attention_heads, init=config.gate_init)
+        if config.short_convolution:
+            channels = (config.num_attention_heads + config.num_key_value_heads) * self.head_dim
+            self.short_convolution = ShortConvolution(channels, config.short_convolution)
         self.rotation_type = config.layer_type(layer_idx)  # no number, for which each would compile anew
 
     def forward(
@@ -95,7 +105,9 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
         Of the arguments that decoder layers pass, the absolute rotation and the attention mask are not used:
         `segment_context` holds what stands for them. The cache, if any, is an InfiniCache.
         """
-        query, key, value = self._project(hidden_states)
+        cache = pop_cache(kwargs)
+        recent = None if cache is None else cache.recent(self.layer_idx)
+        query, key, value, recent = self.project(hidden_states, recent, segment_context)
         local_query, local_key = self._rotate(query, key, segment_context.rotations[self.rotation_type])
         tensors = query, key, value, self.memory_gate()
         settings = {
@@ -108,11 +120,11 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
             "scale": self.scaling,
             "softcap": self.softcap,
         }
-        cache = pop_cache(kwargs)
         if isinstance(cache, InfiniStepCache):
             output = infini_attention_step(
                 *tensors, cache.buffers, self.layer_idx, width=cache.width, **settings
             )
+            cache.buffers.look_back(self.layer_idx, recent)
         else:
             state = None if cache is None else cache.layers[self.layer_idx].state
             if segment_context.context_group is not None:
@@ -127,8 +139,29 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
                 **settings,
             )
             if cache is not None:
-                cache.layers[self.layer_idx].advance(state, hidden_states.shape[1])
+                cache.layers[self.layer_idx].advance(replace(state, recent=recent), hidden_states.shape[1])
         return self.o_proj(output.transpose(1, 2).flatten(2)), None
+
+    def project(
+        self, hidden_states: Tensor, recent: Tensor | None, segment_context: SegmentContext
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Query, key and value of what `_project` says, with the model's short convolution.
+
+        `recent` is what that looks back at (see `ops.convolution`); what it will look back at comes last.
+        """
+        if not self.config.short_convolution:
+            return *self._project(hidden_states), None
+        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        mixed, recent = self.short_convolution(
+            torch.cat([query, key], dim=-1),
+            recent,
+            positions=segment_context.positions,
+            padding_mask=segment_context.padding_mask,
+        )
+        query, key = mixed.split([query.shape[-1], key.shape[-1]], dim=-1)
+        if segment_context.cu_seqlens is not None:
+            recent = None  # it would be the last document's alone, and packed ones end with their call
+        return *self._in_heads(query, key, self.v_proj(hidden_states)), recent
 
     def _incoming(
         self, key: Tensor, value: Tensor, state: MemoryState | None, segment_context: SegmentContext

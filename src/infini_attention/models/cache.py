@@ -127,6 +127,12 @@ class InfiniCache(DynamicCache):
                 layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
         return self
 
+    def recent(self, layer: int) -> Tensor | None:
+        """What a layer's short convolution looks back at; None where there is none, or nothing was seen."""
+        layers: list[Any] = self.layers
+        state = layers[layer].state
+        return None if state is None else state.recent
+
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
@@ -152,6 +158,10 @@ class InfiniStepCache(InfiniCache):
         config.check_every_layer_has_memory()
         self.buffers = buffers
         self.width: int | None = None
+
+    def recent(self, layer: int) -> Tensor | None:
+        """What a layer's short convolution looks back at; None where there is none."""
+        return self.buffers.recent[layer] if self.buffers.recent.numel() else None
 
 
 def _layer_nbytes(layer: Any) -> int:

@@ -19,6 +19,8 @@ class InfiniConfigMixin:
         normalization: of what memory answers: "sum", "root", "none" or "unit"; see
             `infini_attention.ops.infini_attention`.
         empty_memory: "local" or "gated"; see `infini_attention.ops.infini_attention`.
+        short_convolution: how many tokens, a token and those just before it in its segment, every query and
+            every key is a learned mixture of; 0 for queries and keys as in the paper. See `ops.convolution`.
         infini_layers: indices of the layers that have a memory. None stands for every full-attention layer
             and every sliding-window layer whose window is at least `segment_length` (such a window never
             bites inside a segment); the list that this comes to replaces it.
@@ -34,6 +36,7 @@ class InfiniConfigMixin:
     feature_map: str = "elu1"
     normalization: str = "sum"
     empty_memory: str = "local"
+    short_convolution: int = 0
     infini_layers: list[int] | None = None
     gate_init: int | float = 0.0
 
@@ -50,6 +53,10 @@ class InfiniConfigMixin:
             raise ValueError(f"segment_length is {self.segment_length}; give a whole number of at least 1")
         memory_map(self.update_rule, self.feature_map, self.normalization)
         check_choice("empty_memory", self.empty_memory, EMPTY_MEMORY)
+        if self.short_convolution < 0 or self.short_convolution == 1:
+            raise ValueError(
+                f"short_convolution is {self.short_convolution}; give 0 for none, or at least 2 tokens, say 4"
+            )
         if not math.isfinite(self.gate_init):
             raise ValueError(f"gate_init is {self.gate_init}; give a finite logit, such as -4.0")
         if getattr(self, "use_bidirectional_attention", None):

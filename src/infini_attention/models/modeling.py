@@ -9,7 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel, initialization
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from infini_attention.layers import MemoryGate
+from infini_attention.layers import MemoryGate, ShortConvolution
 from infini_attention.models.attention import InfiniAttentionMixin, Rotation, SegmentContext
 from infini_attention.models.cache import InfiniCache, InfiniCacheLayer, InfiniStepCache
 from infini_attention.models.compat import CACHE_ARGUMENT, pop_cache
@@ -46,6 +46,8 @@ class InfiniPreTrainedMixin:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, MemoryGate):
             initialization.constant_(module.logits, module.init)
+        elif isinstance(module, ShortConvolution):
+            initialization.uniform_(module.weight, -module.bound, module.bound)
 
 
 class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
@@ -179,7 +181,12 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             segment_context=SegmentContext(
-                padding_mask, cu_seqlens, self._rotations(like, positions), segment_weights, context_group
+                padding_mask,
+                cu_seqlens,
+                self._rotations(like, positions),
+                positions,
+                segment_weights,
+                context_group,
             ),
             **{CACHE_ARGUMENT: cache},
             **kwargs,

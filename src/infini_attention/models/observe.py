@@ -193,10 +193,11 @@ def _look(
     share = _share(memory_part, local_part, dim=(0, 1, 3))
 
     hidden_states = arguments[0] if arguments else settings["hidden_states"]
-    _, keys, values = attention._project(hidden_states)
     start = before.layers[attention.layer_idx].state
+    context = settings["segment_context"]
+    _, keys, values, _ = attention.project(hidden_states, before.recent(attention.layer_idx), context)
     new = state.length - state.open_length - (0 if start is None else start.length)  # tokens that went into M
-    rows = _rows(settings["segment_context"], *hidden_states.shape[:2])
+    rows = _rows(context, *hidden_states.shape[:2])
     written = [row[: max(count, 0)] for row, count in zip(rows, new.tolist(), strict=True)]
     saturation = _saturation(keys, values, written, state, attention.config)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from infini_attention.layers import MemoryGate
+from infini_attention.layers import MemoryGate, ShortConvolution
 from infini_attention.models.config import InfiniConfigMixin
 from infini_attention.models.families import FAMILIES
 from infini_attention.models.loading import load_model
@@ -20,11 +20,12 @@ def retrofit(
     feature_map: str = "elu1",
     normalization: str = "sum",
     empty_memory: str = "local",
+    short_convolution: int = 0,
     layers: list[int] | None = None,
     gate_init: float = -4.0,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """Turn a pre-trained decoder into its `infini_*` type: same parameter names, only gates are new.
+    """Turn a pre-trained decoder into its `infini_*` type: same parameter names, and gates beside them.
 
     Inputs of at most one segment give the base model's logits, before any training.
 
@@ -37,6 +38,8 @@ def retrofit(
         normalization: of what memory answers: "sum", "root", "none" or "unit"; see
             `infini_attention.ops.infini_attention`.
         empty_memory: "local" or "gated"; see `infini_attention.ops.infini_attention`.
+        short_convolution: tokens that every query and key becomes a mixture of, which begins as the token
+            itself alone; 0 for none. See `ops.convolution`.
         layers: indices of the layers that get a memory; default every layer with full attention, and every
             one whose sliding window is at least `segment_length`.
         gate_init: initial logit of every gate; -4 gives the memory, still untrained, 1.8 % of each output.
@@ -60,6 +63,7 @@ def retrofit(
         "feature_map": feature_map,
         "normalization": normalization,
         "empty_memory": empty_memory,
+        "short_convolution": short_convolution,
         "infini_layers": layers,
         "gate_init": gate_init,
     }
@@ -99,13 +103,14 @@ def _config(base: PreTrainedModel, model_class: type[Any], settings: dict[str, A
 
 
 def _share_weights(base: PreTrainedModel, model: Any, dtype: torch.dtype | None) -> None:
-    """Fill `model`, which is on the meta device, with the base's tensors and fresh gates."""
+    """Fill `model`, which is on the meta device, with the base's tensors and what it has beside them."""
     weights = {
         name: tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
         for name, tensor in base.state_dict().items()
     }
     lacking = model.load_state_dict(weights, assign=True, strict=False)
-    strangers = [name for name in lacking.missing_keys if not name.endswith("memory_gate.logits")]
+    own = "memory_gate.logits", "short_convolution.weight"
+    strangers = [name for name in lacking.missing_keys if not name.endswith(own)]
     assert not strangers and not lacking.unexpected_keys, (strangers, lacking.unexpected_keys)
     for name, buffer in base.named_buffers():
         if name not in weights:  # rotary frequencies and the like, which no checkpoint holds
@@ -114,5 +119,9 @@ def _share_weights(base: PreTrainedModel, model: Any, dtype: torch.dtype | None)
     for layer in model.config.infini_layers:
         attention = model.model.layers[layer].self_attn
         gate = MemoryGate(model.config.num_attention_heads, init=model.config.gate_init)
-        attention.memory_gate = gate.to(attention.q_proj.weight.device)
+        like = attention.q_proj.weight
+        attention.memory_gate = gate.to(like.device)
+        if model.config.short_convolution:
+            convolution = ShortConvolution(*attention.short_convolution.weight.shape).become_identity()
+            attention.short_convolution = convolution.to(like.device, like.dtype)
     model.tie_weights()

@@ -4,6 +4,8 @@ Equation numbers are those of arXiv 2404.07143. Beside them stands only what the
 empty memory, and a segment that arrives in several pieces.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -92,8 +94,15 @@ def _piece(inputs: Inputs, column: int, state: MemoryState, options: Options) ->
         M, z = M + pending_memory, z + pending_normalizer
         pending_memory, pending_normalizer = torch.zeros_like(M), torch.zeros_like(z)
         K_local, V_local = K_local[:, :, :0], V_local[:, :, :0]
-    new_state = MemoryState(
-        M, z, pending_memory, pending_normalizer, K_local, V_local, length, options.segment_length
+    new_state = replace(
+        state,
+        memory=M,
+        normalizer=z,
+        pending_memory=pending_memory,
+        pending_normalizer=pending_normalizer,
+        local_key=K_local,
+        local_value=V_local,
+        length=length,
     )
     return A.to(inputs.query.dtype), new_state
 

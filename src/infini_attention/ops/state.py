@@ -39,6 +39,8 @@ class MemoryState:
         local_value: its values, (batch, kv_heads, open, value_dim).
         length: each row's real tokens so far, (batch,) int64 on the CPU, since it decides where cuts fall.
         segment_length: N, the number of tokens in a segment.
+        recent: what a short convolution before the attention looks back at, (batch, width - 1, channels), in
+            the inputs' dtype; None without one. The attention itself hands it on as it is.
     """
 
     memory: Tensor
@@ -49,6 +51,7 @@ class MemoryState:
     local_value: Tensor
     length: Tensor
     segment_length: int
+    recent: Tensor | None = None
 
     @classmethod
     def empty(
@@ -107,7 +110,7 @@ class MemoryState:
             raise ValueError(f"cannot join states with segment_length {lengths}; use states of one model")
         open_width = max(state.local_key.shape[2] for state in states)
         columns: dict[str, Any] = {}
-        for name in _tensor_names():
+        for name in states[0]._tensors():
             parts = [getattr(state, name) for state in states]
             if name in ("local_key", "local_value"):
                 parts = [F.pad(part, (0, 0, 0, open_width - part.shape[2])) for part in parts]
@@ -127,7 +130,7 @@ class MemoryState:
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
-        return sum(getattr(self, name).nbytes for name in _tensor_names())
+        return sum(tensor.nbytes for tensor in self._tensors().values())
 
     def read(self, query: Tensor, *, feature_map: str = "elu1", normalization: str = "sum") -> Tensor:
         """What `memory` answers to un-rotated queries, by equation (7); see `ops.normalization`.
@@ -181,9 +184,11 @@ class MemoryState:
         return replace(self, local_key=local_key, local_value=local_value)
 
     def _map(self, function: Callable[[Tensor], Tensor], **kept: Tensor) -> "MemoryState":
-        changed = {name: function(getattr(self, name)) for name in _tensor_names() if name not in kept}
-        return MemoryState(**changed, **kept, segment_length=self.segment_length)
+        tensors = {name: function(x) for name, x in self._tensors().items() if name not in kept}
+        changes: dict[str, Any] = tensors | kept
+        return replace(self, **changes)
 
-
-def _tensor_names() -> list[str]:
-    return [field.name for field in fields(MemoryState) if field.name != "segment_length"]
+    def _tensors(self) -> dict[str, Tensor]:
+        """By name, without those that are not there."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}

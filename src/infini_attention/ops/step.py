@@ -27,6 +27,8 @@ class StepBuffers:
         local_value: (layers, rows, kv_heads, segment_length, value_dim), same dtype.
         used: (rows,) int64 on the same device: tokens of each row's open segment.
         active: (rows,) bool on the same device: which rows the next step is meant for.
+        recent: what short convolutions look back at, (layers, rows, width - 1, channels) in the inputs'
+            dtype; of no size without one.
     """
 
     memory: Tensor
@@ -37,6 +39,7 @@ class StepBuffers:
     local_value: Tensor
     used: Tensor
     active: Tensor
+    recent: Tensor
 
     @classmethod
     def empty(
@@ -49,10 +52,14 @@ class StepBuffers:
         *,
         segment_length: int,
         feature_map: str = "elu1",
+        recent: tuple[int, int] = (0, 0),
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> "StepBuffers":
-        """Buffers of rows that have seen nothing; `dtype` is that of the inputs to come."""
+        """Buffers of rows that have seen nothing; `dtype` is that of the inputs to come.
+
+        `recent` are the sizes (width - 1, channels) of what a short convolution looks back at.
+        """
         feature_dim = feature_maps.get(feature_map).feature_dim(head_dim)
 
         def zeros(*sizes: int, dtype: torch.dtype) -> Tensor:
@@ -67,6 +74,7 @@ class StepBuffers:
             local_value=zeros(segment_length, value_dim, dtype=dtype),
             used=torch.zeros(rows, dtype=torch.int64, device=device),
             active=torch.zeros(rows, dtype=torch.bool, device=device),
+            recent=torch.zeros(layers, rows, *recent, dtype=dtype, device=device),
         )
 
     @property
@@ -88,6 +96,9 @@ class StepBuffers:
             new = torch.stack([getattr(state, name)[0] for state in states])
             places[:, :, : new.shape[2]].copy_(new)
             places[:, :, new.shape[2] :].zero_()  # nothing of whoever was here before
+        for recent, state in zip(self.recent, states, strict=True):
+            if state.recent is not None:
+                recent[row].copy_(state.recent[0])
         self.used[row] = int(states[0].open_length[0])
 
     def store(self, row: int, length: int) -> list[MemoryState]:
@@ -96,6 +107,8 @@ class StepBuffers:
         opened = length % size
         copies = {name: getattr(self, name)[:, row : row + 1].clone() for name in _SUMS}
         copies |= {name: getattr(self, name)[:, row : row + 1, :, :opened].clone() for name in _LOCAL}
+        if self.recent.numel():
+            copies["recent"] = self.recent[:, row : row + 1].clone()
         return [
             MemoryState(
                 **{name: copy[layer] for name, copy in copies.items()},
@@ -104,6 +117,12 @@ class StepBuffers:
             )
             for layer in range(len(self.memory))
         ]
+
+    def look_back(self, layer: int, recent: Tensor | None) -> None:
+        """Take over what the layer's short convolution looks back at, for active rows; part of the step."""
+        if recent is not None:
+            kept = self.recent[layer]
+            kept.copy_(torch.where(self.active[:, None, None], recent, kept))
 
     def advance(self) -> None:
         """Count the token that every active row has taken in all layers; part of the step."""

@@ -211,6 +211,7 @@ def _buffers(model: PreTrainedModel, rows: int) -> StepBuffers:
         shapes.value_dim,
         segment_length=config.segment_length,
         feature_map=config.feature_map,
+        recent=(shapes.recent, shapes.recent_channels),
         dtype=model.dtype,
         device=model.device,
     )

@@ -23,7 +23,6 @@ from infini_attention.streaming.sampling import Sampler, SamplingOptions
 from infini_attention.streaming.snapshots import Snapshots
 from infini_attention.streaming.sources import Source, token_ids
 from infini_attention.streaming.state_file import (
-    OpenSegment,
     Snapshot,
     StateContents,
     read_state,
@@ -35,6 +34,7 @@ from infini_attention.streaming.states import (
     cache_of,
     check_model,
     committed,
+    open_segment_of,
     shapes_of,
     states_of,
 )
@@ -391,11 +391,7 @@ class Session:
     def _contents(self, exact: bool, snapshots: bool) -> StateContents:
         cache, tail = self._own_cache(), self._tail()
         memory, normalizer = committed(self.model, cache)
-        opened = None
-        if exact and self._history.opened:
-            names = ("pending_memory", "pending_normalizer", "local_key", "local_value")
-            layers = {name: [getattr(state, name)[0] for state in states_of(cache)] for name in names}
-            opened = OpenSegment(**{name: torch.stack(parts) for name, parts in layers.items()})
+        opened = open_segment_of(cache) if exact and cache is not None and self._history.opened else None
         return StateContents(
             fingerprint=fingerprint(self.model, self.tokenizer),
             tokens=self.tokens,

@@ -46,13 +46,18 @@ class StateFileError(ValueError):
 
 @dataclass(frozen=True)
 class Shapes:
-    """Sizes that a model gives its states; `most_tail` ids and `most_snapshots` are what a file may hold."""
+    """Sizes that a model gives its states; `most_tail` ids and `most_snapshots` are what a file may hold.
+
+    `recent` tokens of `recent_channels` are what a short convolution looks back at, 0 of 0 without one.
+    """
 
     layers: int
     kv_heads: int
     feature_dim: int
     head_dim: int
     value_dim: int
+    recent: int
+    recent_channels: int
     vocab_size: int
     most_tail: int
     most_snapshots: int
@@ -68,12 +73,15 @@ class OpenSegment:
         local_key: (layers, kv_heads, open, head_dim) in the model's dtype, of the first `open` ids of the
             tail, fewer than a segment.
         local_value: (layers, kv_heads, open, value_dim), likewise.
+        recent: what short convolutions look back at, (layers, width - 1, channels) in the model's dtype; None
+            without them.
     """
 
     pending_memory: Tensor
     pending_normalizer: Tensor
     local_key: Tensor
     local_value: Tensor
+    recent: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -210,7 +218,7 @@ def _tensors_of(contents: StateContents) -> dict[str, Tensor]:
     if contents.logits is not None:
         tensors["logits"] = contents.logits
     if contents.open_segment is not None:
-        tensors |= {name: getattr(contents.open_segment, name) for name in OPEN_SEGMENT}
+        tensors |= {name: x for name, x in vars(contents.open_segment).items() if x is not None}
     if contents.snapshots:
         for name in SNAPSHOT:
             parts = [getattr(snapshot, name).cpu() for snapshot in contents.snapshots]
@@ -489,6 +497,8 @@ def _layout(
         layout |= {"pending_memory": memory, "pending_normalizer": normalizer}
         layout["local_key"] = DTYPES[dtype], (*heads, opened, shapes.head_dim)
         layout["local_value"] = DTYPES[dtype], (*heads, opened, shapes.value_dim)
+        if shapes.recent:
+            layout["recent"] = DTYPES[dtype], (shapes.layers, shapes.recent, shapes.recent_channels)
     if snapshots:
         for name, (kind, shape) in zip(SNAPSHOT, (memory, normalizer, scores), strict=True):
             layout[f"snapshot_{name}"] = kind, (snapshots, *shape)
@@ -513,6 +523,7 @@ def _most_bytes(fingerprint: Fingerprint, shapes: Shapes) -> int:
 def _own_shapes(header: _Header) -> Shapes:
     """The shapes that the file's own tensors suggest."""
     layers, kv_heads, feature_dim, value_dim = header._shape("memory", 4)
+    recent, channels = header._shape("recent", 3)[1:] if "recent" in header.layout else (0, 0)
     vocabulary = {"logits": 1, "snapshot_logits": 2}  # and their dimensions
     sizes = [
         header._shape(name, dimensions)[-1]
@@ -525,6 +536,8 @@ def _own_shapes(header: _Header) -> Shapes:
         feature_dim=feature_dim,
         head_dim=0 if header.opened is None else header._shape("local_key", 4)[3],
         value_dim=value_dim,
+        recent=recent,
+        recent_channels=channels,
         vocab_size=sizes[0] if sizes else 0,
         most_tail=header.tail,
         most_snapshots=len(header.snapshots),

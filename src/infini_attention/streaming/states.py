@@ -1,5 +1,6 @@
 """Between a model's cache of one sequence and the stacked tensors that files and snapshots hold."""
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -30,12 +31,15 @@ def shapes_of(model: PreTrainedModel) -> Shapes:
     """Sizes of the model's states."""
     config: Any = model.config
     head_dim = head_dim_of(config)
+    channels = (config.num_attention_heads + config.num_key_value_heads) * head_dim
     return Shapes(
         layers=config.num_hidden_layers,
         kv_heads=config.num_key_value_heads,
         feature_dim=feature_maps.get(config.feature_map).feature_dim(head_dim),
         head_dim=head_dim,
         value_dim=head_dim,
+        recent=max(config.short_convolution - 1, 0),
+        recent_channels=channels if config.short_convolution else 0,
         vocab_size=config.vocab_size,
         most_tail=MOST_TAIL,
         most_snapshots=MOST_SNAPSHOTS,
@@ -60,6 +64,16 @@ def committed(model: PreTrainedModel, cache: InfiniCache | None) -> tuple[Tensor
     return torch.zeros(*sizes, shapes.value_dim, dtype=dtype), torch.zeros(sizes, dtype=dtype)
 
 
+def open_segment_of(cache: InfiniCache) -> OpenSegment:
+    """What the cache of one sequence holds of its open segment, copied."""
+    layers: dict[str, list[Tensor]] = {}
+    for state in states_of(cache):
+        for field in fields(OpenSegment):
+            if (tensor := getattr(state, field.name)) is not None:
+                layers.setdefault(field.name, []).append(tensor[0])
+    return OpenSegment(**{name: torch.stack(parts) for name, parts in layers.items()})
+
+
 def cache_of(
     model: PreTrainedModel,
     memory: Tensor,
@@ -74,14 +88,14 @@ def cache_of(
     if opened is None:
         nothing = torch.zeros(shapes.layers, shapes.kv_heads, 0, shapes.head_dim, dtype=model.dtype)
         opened = OpenSegment(torch.zeros_like(memory), torch.zeros_like(normalizer), nothing, nothing)
-    fields = {name: tensor.to(device) for name, tensor in vars(opened).items()}
+    tensors = {name: tensor.to(device) for name, tensor in vars(opened).items() if tensor is not None}
     cache = InfiniCache(model.config)
     for number, layer in enumerate(cache.layers):
         assert isinstance(layer, InfiniCacheLayer)
         state = MemoryState(
             memory=memory[number, None],
             normalizer=normalizer[number, None],
-            **{name: tensor[number, None] for name, tensor in fields.items()},
+            **{name: tensor[number, None] for name, tensor in tensors.items()},
             length=torch.tensor([tokens]),
             segment_length=model.config.segment_length,
         )

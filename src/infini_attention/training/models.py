@@ -27,6 +27,7 @@ def make_model(recipe: ModelRecipe, vocab_size: int) -> Any:
         "feature_map": recipe.feature_map,
         "normalization": recipe.normalization,
         "empty_memory": recipe.empty_memory,
+        "short_convolution": recipe.short_convolution,
     }
     if recipe.base is None:
         gate_init = 0.0 if recipe.gate_init is None else recipe.gate_init
@@ -65,6 +66,7 @@ def _refuse_memory_settings(recipe: ModelRecipe) -> None:
         "feature_map",
         "normalization",
         "empty_memory",
+        "short_convolution",
         "layers",
         "gate_init",
     )

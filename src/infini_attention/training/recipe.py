@@ -28,6 +28,7 @@ class ModelRecipe:
         feature_map: Of the memory.
         normalization: Of what the memory answers: sum, root, none or unit.
         empty_memory: local or gated.
+        short_convolution: Tokens that every query and key is a mixture of; 0 for none, or say 4.
         layers: That get a memory; by default all that can have one.
         gate_init: Logit of every gate, also of memorizing; by default 0 for fresh weights and -4 for a
             retrofit.
@@ -43,6 +44,7 @@ class ModelRecipe:
     feature_map: str = "elu1"
     normalization: str = "sum"
     empty_memory: str = "local"
+    short_convolution: int = 0
     layers: list[int] | None = None
     gate_init: float | None = None
     memory: bool = True
@@ -167,7 +169,8 @@ class Recipe:
     def _refuse_settings_of_memories(self) -> None:
         """Raise ValueError for what a baseline has no use for."""
         name, training, usual = self.model.baseline, self.training, ModelRecipe()
-        fields = ["base", "update_rule", "feature_map", "normalization", "empty_memory", "layers", "memory"]
+        fields = ["base", "update_rule", "feature_map", "normalization", "empty_memory", "short_convolution"]
+        fields += ["layers", "memory"]
         fields += ["gate_init"] * (name != "memorizing")
         given = {f"model.{field}": getattr(self.model, field) != getattr(usual, field) for field in fields}
         given |= {
