@@ -69,7 +69,20 @@ def test_pieces_are_the_same_computation(
     tokens, cache = make_tokens(2, LENGTH), InfiniCache(model.config)
     parts = [logits(model, piece, **{CACHE_ARGUMENT: cache}) for piece in tokens.split(pieces, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), logits(model, tokens), atol=2e-5, rtol=1e-4)
-    assert cache.recent(0).shape == (2, WIDTH - 1, (4 + 2) * 8)
+    whole = InfiniCache(model.config)
+    logits(model, tokens, **{CACHE_ARGUMENT: whole})
+    assert whole.recent(0).shape == (2, WIDTH - 1, (4 + 2) * 8)
+    torch.testing.assert_close(cache.recent(1), whole.recent(1), atol=2e-5, rtol=1e-4)
+
+
+def test_nothing_is_looked_back_at_over_the_end_of_a_segment(
+    model: Any, make_tokens: Callable[..., Tensor]
+) -> None:
+    tokens, cache = make_tokens(2, 2 * SEGMENT + 1), InfiniCache(model.config)
+    logits(model, tokens[:, :-1], **{CACHE_ARGUMENT: cache})
+    assert not cache.recent(0).any()
+    logits(model, tokens[:, -1:], **{CACHE_ARGUMENT: cache})
+    assert not cache.recent(0)[:, 0].any() and cache.recent(0)[:, 1].all()
 
 
 def test_rows_are_independent(model: Any, make_tokens: Callable[..., Tensor]) -> None:

@@ -12,6 +12,7 @@ from infini_attention.models.cache import InfiniStepCache
 from infini_attention.models.compat import pop_cache
 from infini_attention.ops import MemoryState, infini_attention
 from infini_attention.ops.context_parallel import incoming_state
+from infini_attention.ops.convolution import of_open_segment
 from infini_attention.ops.step import infini_attention_step
 
 Rotation = tuple[Tensor, Tensor]
@@ -139,7 +140,9 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
                 **settings,
             )
             if cache is not None:
-                cache.layers[self.layer_idx].advance(replace(state, recent=recent), hidden_states.shape[1])
+                if recent is not None:
+                    state = replace(state, recent=of_open_segment(recent, state.open_length))
+                cache.layers[self.layer_idx].advance(state, hidden_states.shape[1])
         return self.o_proj(output.transpose(1, 2).flatten(2)), None
 
     def project(

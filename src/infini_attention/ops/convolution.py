@@ -43,6 +43,13 @@ def short_convolution(
     return output.to(x.dtype), recent
 
 
+def of_open_segment(recent: Tensor, open_length: Tensor) -> Tensor:
+    """What of `recent` is in a row's open segment, of `open_length` (batch,) tokens; zeros for the rest."""
+    before = torch.arange(recent.shape[1], 0, -1)
+    is_open = (before <= open_length[:, None]).to(recent.device)
+    return torch.where(is_open[..., None], recent, 0)
+
+
 def _look_back(x: Tensor, recent: Tensor, padding_mask: Tensor | None) -> tuple[list[Tensor], Tensor]:
     """For 1, 2, ... tokens back, what real token stood there, each like `x`; and the last ones of all."""
     before, length = recent.shape[1], x.shape[1]

@@ -97,8 +97,7 @@ class StepBuffers:
             places[:, :, : new.shape[2]].copy_(new)
             places[:, :, new.shape[2] :].zero_()  # nothing of whoever was here before
         for recent, state in zip(self.recent, states, strict=True):
-            if state.recent is not None:
-                recent[row].copy_(state.recent[0])
+            recent[row] = 0 if state.recent is None else state.recent[0]
         self.used[row] = int(states[0].open_length[0])
 
     def store(self, row: int, length: int) -> list[MemoryState]:
@@ -135,6 +134,7 @@ class StepBuffers:
             pending = getattr(self, f"pending_{name}")
             getattr(self, name).index_add_(1, index, pending.index_select(1, index))
             pending.index_fill_(1, index, 0)
+        self.recent.index_fill_(1, index, 0)
         self.used.index_fill_(0, index, 0)
 
 
