@@ -1,6 +1,7 @@
 """Training on a GPU: captured steps do what steps that are launched kernel by kernel do."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ if not torch.cuda.is_available():
 
 pytestmark = pytest.mark.gpu
 SEGMENT, STEPS, ROWS = 16, 12, 4
+MEMORIES: list[dict[str, Any]] = [
+    {"update_rule": "linear", "feature_map": "elu1"},
+    {"update_rule": "delta", "feature_map": "exp", "short_convolution": 4},
+]
 
 
 class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -32,27 +37,27 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": ids, "shift_labels": labels}
 
 
-@pytest.mark.parametrize(("rule", "feature_map"), [("linear", "elu1"), ("delta", "exp")])
+@pytest.mark.parametrize("memory", MEMORIES, ids=lambda memory: memory["update_rule"])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_captured_steps_train_as_others_do(rule: str, feature_map: str, bf16: bool, tmp_path: Path) -> None:
-    runs = [trained(rule, feature_map, bf16, graphs, tmp_path) for graphs in (False, True)]
+def test_captured_steps_train_as_others_do(memory: dict[str, Any], bf16: bool, tmp_path: Path) -> None:
+    runs = [trained(memory, bf16, graphs, tmp_path) for graphs in (False, True)]
     losses, weights = zip(*runs, strict=True)
     assert len(losses[0]) == STEPS
     tolerance = 2e-2 if bf16 else 1e-4
     torch.testing.assert_close(losses[1], losses[0], rtol=tolerance, atol=tolerance)
-    moved = (weights[0] - flat(small(rule, feature_map))).norm()
+    moved = (weights[0] - flat(small(memory))).norm()
     assert (weights[1] - weights[0]).norm() < tolerance * 10 * moved
 
 
 def test_weights_of_segments_are_read_anew_by_every_replay(tmp_path: Path) -> None:
     (losses, _), (captured, _) = (
-        trained("linear", "exp", False, graphs, tmp_path, repeat_ceiling=50.0) for graphs in (False, True)
+        trained(MEMORIES[0], False, graphs, tmp_path, repeat_ceiling=50.0) for graphs in (False, True)
     )
     torch.testing.assert_close(captured, losses, rtol=1e-4, atol=1e-4)
 
 
 def trained(
-    rule: str, feature_map: str, bf16: bool, graphs: bool, folder: Path, **settings: float
+    memory: dict[str, Any], bf16: bool, graphs: bool, folder: Path, **settings: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of every step, and all weights after the last."""
     args = InfiniTrainingArguments(
@@ -67,18 +72,17 @@ def trained(
         cuda_graphs=graphs,
         **settings,
     )
-    trainer = InfiniTrainer(model=small(rule, feature_map), args=args, train_dataset=Rows())
+    trainer = InfiniTrainer(model=small(memory), args=args, train_dataset=Rows())
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return torch.tensor(losses), flat(trainer.model)
 
 
-def small(rule: str, feature_map: str) -> LlamaForCausalLM:
+def small(memory: dict[str, Any]) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     base = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=1, **sizes))
-    settings = {"update_rule": rule, "feature_map": feature_map}
-    return retrofit(base, segment_length=SEGMENT, gate_init=0.0, **settings).train()
+    return retrofit(base, segment_length=SEGMENT, gate_init=0.0, **memory).train()
 
 
 def flat(model: torch.nn.Module) -> torch.Tensor:
