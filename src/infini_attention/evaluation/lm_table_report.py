@@ -46,7 +46,7 @@ def plot(table: LmTable, path: Path) -> None:
         below.axhline(0, color="black", linewidth=0.8)
         below.set(xlabel="tokens read")
         below.set_xscale("log", base=2)
-        below.xaxis.set_major_formatter(lambda tokens, _: _short(tokens))
+        below.xaxis.set_major_formatter("{x:,.0f}")
         for axes in (above, below):
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
