@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from infini_attention.baselines import BASELINES
+from infini_attention.baselines.systems import is_local, system_name
 from infini_attention.cli import main
 from infini_attention.data.documents import Documents
 from infini_attention.data.tokenizers import byte_tokenizer
@@ -148,6 +149,15 @@ def test_sizes_are_those_of_the_system(run: Run) -> None:
     assert infini.peak_memory_bytes > 0 and infini.seconds > 0
     names = [each.setting.system for each in (infini, local, transformer_xl)]
     assert names == ["Infini delta", "local only", "Transformer-XL"]
+
+
+def test_a_systems_name_says_what_is_not_the_papers() -> None:
+    base = LlamaForCausalLM(LlamaConfig(**SIZES))
+    model = retrofit(base, segment_length=SEGMENT, feature_map="exp", short_convolution=4)
+    assert system_name(model) == "Infini linear, exp, convolution of 4"
+    for gate in (each.logits for each in model.modules() if isinstance(each, MemoryGate)):
+        torch.nn.init.constant_(gate, SHUT)
+    assert system_name(model) == "local only, convolution of 4" and is_local(model)
 
 
 def test_reading_goes_on_where_it_was_cut_off(

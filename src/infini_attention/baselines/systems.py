@@ -20,7 +20,7 @@ def system_name(model: Any) -> str:
     """
     config = model.config
     if isinstance(config, InfiniConfigMixin):
-        return _infini_name(config) if has_open_gates(model) else LOCAL_ONLY
+        return _infini_name(config, LOCAL_ONLY if is_local(model) else f"Infini {config.update_rule}")
     if isinstance(config, FullAttentionConfigMixin):
         return "full attention"
     if isinstance(config, MemorizingConfigMixin):
@@ -40,8 +40,15 @@ def has_open_gates(model: Any) -> bool:
     return any(bool((gate.detach().float().sigmoid() > 0).any()) for gate in gates)
 
 
-def _infini_name(config: Any) -> str:
-    """The update rule, and of the other settings those that are not the paper's."""
-    usual = {"feature_map": "elu1", "normalization": "sum"}
+def is_local(model: Any) -> bool:
+    """Whether it is an `infini_*` model whose gates are all shut: nothing of earlier segments is used."""
+    return isinstance(model.config, InfiniConfigMixin) and not has_open_gates(model)
+
+
+def _infini_name(config: Any, first: str) -> str:
+    """`first`, and of the other settings those that are not the paper's and matter."""
+    usual = {} if first == LOCAL_ONLY else {"feature_map": "elu1", "normalization": "sum"}
     others = [getattr(config, name) for name, value in usual.items() if getattr(config, name) != value]
-    return ", ".join([f"Infini {config.update_rule}", *others])
+    if config.short_convolution:
+        others.append(f"convolution of {config.short_convolution}")
+    return ", ".join([first, *others])

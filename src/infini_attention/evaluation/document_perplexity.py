@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from infini_attention.baselines import compression, memory_floats
-from infini_attention.baselines.systems import LOCAL_ONLY, has_open_gates, system_name
+from infini_attention.baselines.systems import has_open_gates, is_local, system_name
 from infini_attention.data.documents import CORPORA, Document, Documents, identity, open_documents
 from infini_attention.data.texts import SHAKESPEARE, TokenBlock, first_tokens, token_blocks
 from infini_attention.evaluation.estimates import Interval, ratio
@@ -394,7 +394,7 @@ def _measured(
 
 def _with_sizes(report: PerplexityReport, model: Any) -> PerplexityReport:
     """The report with what the system holds of the longest document."""
-    if system_name(model) == LOCAL_ONLY:
+    if is_local(model):
         return report
     longest = max(document.length for document in report.documents)
     less = compression(model.config, longest)
