@@ -22,7 +22,7 @@ class Reader:
 
     Args:
         model: A model's name, folder or GGUF file, or an alias such as smollm2. A model without memories is
-            retrofitted, untrained; one with memories is taken as it is.
+            retrofitted, untrained; one with memories, or a baseline where it can read, is taken as it is.
         segment_length: Tokens a segment when retrofitting; by default 512.
         update_rule: linear or delta, when retrofitting; by default linear.
         feature_map: Feature map of the memory, when retrofitting; by default elu1.
@@ -253,6 +253,91 @@ def passkey(
     _print(report.to_json() if json else show.tables(report))
     if plot is not None:
         show.plot(report, plot)
+
+
+def perplexity(
+    documents: str,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    system: str | None = None,
+    max_documents: int | None = None,
+    max_tokens: int | None = None,
+    memory_off: bool = True,
+    data_files: list[str] | None = None,
+    column: str = "text",
+    batch_rows: int = 8,
+    chunk_tokens: int | None = None,
+    output: Path | None = None,
+    reader: Reader,
+    json: bool = False,
+) -> None:
+    """Stream whole documents through any system: token, word and byte perplexity by position.
+
+    Args:
+        documents: A file, a pattern, shakespeare, or a corpus such as pg19; what data.documents.source is in
+            a recipe.
+        split: Of a corpus; by default test.
+        name: What the documents are called in tables; by default what was given.
+        system: What the model is called in tables; by default by its kind, such as Infini delta.
+        max_documents: How many are read at most.
+        max_tokens: Read of each at most.
+        memory_off: Read everything also with every gate shut, where there are open ones.
+        data_files: Local files to be read in a corpus's place.
+        column: That holds the text.
+        batch_rows: Documents that are read side by side.
+        chunk_tokens: Tokens of each that go through the model at once; by default whole segments, as many as
+            keep the device busy. Changes speed and working memory.
+        output: A JSON file, written after every document; the same command goes on where it was cut off.
+    """
+    from infini_attention.evaluation import document_perplexity_report as show
+    from infini_attention.evaluation.document_perplexity import document_perplexity, evaluation_documents
+
+    chosen = evaluation_documents(
+        documents, split, data_files=data_files, column=column, max_documents=max_documents
+    )
+    model, tokenizer = _loaded(reader)
+    report = document_perplexity(
+        model,
+        tokenizer,
+        chosen,
+        name=name,
+        system=system,
+        max_tokens=max_tokens,
+        memory_off=memory_off,
+        batch_rows=batch_rows,
+        chunk_tokens=chunk_tokens,
+        output=output,
+    )
+    _print(report.to_json() if json else show.tables(report))
+
+
+def table(
+    kind: Literal["lm"],
+    results: list[Path],
+    *,
+    reference: str = "local only",
+    plot: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Set results of several systems side by side, in Markdown.
+
+    Args:
+        kind: lm, of files of infini perplexity.
+        results: The files, of any systems, documents and seeds.
+        reference: The system that the others are compared with, document by document.
+        plot: Where to draw perplexity by position, a file such as out/lm.png.
+    """
+    from infini_attention.evaluation import lm_table_report as show
+    from infini_attention.evaluation.lm_table import lm_table
+    from infini_attention.evaluation.stream_report import require_matplotlib
+
+    if plot is not None:
+        require_matplotlib()
+    made = lm_table(results, reference=reference)
+    _print(made.to_json() if json else show.markdown(made))
+    if plot is not None:
+        show.plot(made, plot)
 
 
 def demo(
@@ -494,15 +579,15 @@ def _loaded(reader: Reader) -> tuple[Any, Any]:
     """The model and its tokenizer."""
     from transformers.utils import logging
 
+    from infini_attention.baselines.loading import load_system
     from infini_attention.models import load_tokenizer
-    from infini_attention.models.reader import load_reader
 
     logging.disable_progress_bar()
     settings = {name: getattr(reader, name) for name in RETROFIT}
     dtype = reader.dtype
     if dtype == "auto":  # fixed by the device alone, since a state belongs to one dtype
         dtype = "bfloat16" if choose_device(reader.device).type == "cuda" else "float32"
-    model, _ = load_reader(reader.model, settings, device=reader.device, dtype=dtype)
+    model, _ = load_system(reader.model, settings, device=reader.device, dtype=dtype)
     return model, load_tokenizer(reader.model)
 
 
@@ -668,6 +753,8 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "tokenizer": tokenizer,
     "study": study,
+    "perplexity": perplexity,
+    "table": table,
     "bindings": bindings,
     "passkey": passkey,
     "gates": gates,
@@ -704,11 +791,21 @@ def _add_arguments(parser: ArgumentParser, function: Callable[..., None]) -> Non
         for each in parameters.values()
         if each.kind is each.POSITIONAL_OR_KEYWORD and each.default is not each.empty
     ]
-    skipped: set[str | int] = {"json", "output", "overrides", *groups, *(each.name for each in by_place)}
+    skipped: set[str | int] = {
+        "json",
+        "output",
+        "overrides",
+        "results",
+        *groups,
+        *(each.name for each in by_place),
+    }
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=skipped)
     for each in by_place:
         described = _help_of(function, each.name)
         parser.add_argument(each.name, nargs="?", type=each.annotation, default=each.default, help=described)
+    if "results" in parameters:
+        described = _help_of(function, "results")
+        parser.add_argument("results", nargs="+", type=Path, help=described)
     for group in groups.values():
         parser.add_class_arguments(group, as_group=False)
     if "overrides" in parameters:

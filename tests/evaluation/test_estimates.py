@@ -1,8 +1,9 @@
 import math
 
+import numpy as np
 import pytest
 
-from infini_attention.evaluation.estimates import estimate, proportion
+from infini_attention.evaluation.estimates import estimate, proportion, ratio
 
 
 def test_the_interval_is_students() -> None:
@@ -40,3 +41,28 @@ def test_the_interval_of_a_share_is_wilsons(successes: int, low: float, high: fl
 def test_a_share_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="a proportion needs at least one"):
         proportion([])
+
+
+def test_a_ratio_is_of_sums_and_its_interval_over_units() -> None:
+    random = np.random.default_rng(1)
+    tokens = random.integers(50, 150, 400)
+    nats = tokens * (3 + 0.2 * random.standard_normal(400))
+    result = ratio(list(nats), list(tokens))
+    assert result.value == pytest.approx(nats.sum() / tokens.sum())
+    assert result.low < result.value < result.high
+    # The standard error of 400 equal units is 0.01; these weigh a little unequally.
+    assert result.high - result.low == pytest.approx(2 * 1.96 * 0.2 / 20, rel=0.15)
+    assert ratio(list(nats), list(tokens)) == result
+
+
+def test_one_unit_has_no_interval_and_nothing_no_ratio() -> None:
+    one = ratio([6.0], [2.0])
+    assert one.value == 3 and math.isnan(one.low) and math.isnan(one.high)
+    assert math.isnan(ratio([0.0, 0.0], [0.0, 0.0]).value)
+    assert ratio([2.0, 0.0], [1.0, 0.0]).value == 2  # a document too short to count anything
+
+
+@pytest.mark.parametrize(("above", "below"), [([], []), ([1.0], [1.0, 2.0])])
+def test_units_that_do_not_match_are_refused(above: list[float], below: list[float]) -> None:
+    with pytest.raises(ValueError, match="give at least one of each, and as many"):
+        ratio(above, below)

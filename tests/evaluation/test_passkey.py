@@ -201,7 +201,7 @@ def test_what_was_cut_off_goes_on_and_ends_the_same(
     knowing: PasskeyReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, settings = tmp_path / "new" / "figures.json", {"lengths": [LENGTH, 2 * LENGTH], "batch_rows": 5}
-    write, model = module._write, KnowsEveryAnswer()
+    write, model = module.write_whole, KnowsEveryAnswer()
 
     def write_and_stop(*arguments: Any) -> None:
         write(*arguments)
@@ -209,7 +209,7 @@ def test_what_was_cut_off_goes_on_and_ends_the_same(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(module, "_write", write_and_stop)
+        patched.setattr(module, "write_whole", write_and_stop)
         ask(model, output=output, **settings)
     kept = json.loads(output.read_text())
     assert 0 < len(kept["outcomes"]) < 24 and len(kept["outcomes"]) % 5 == 0

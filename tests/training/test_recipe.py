@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from infini_attention.baselines import BASELINES
 from infini_attention.cli import main
 from infini_attention.models import FAMILIES, load_model
 from infini_attention.training.estimate import _counting, _kept
@@ -63,6 +64,23 @@ def test_every_recipe_reads_and_comes_back_from_its_own_text(path: Path, tmp_pat
     again.write_text(reading.text)
     assert read_recipe(again).text == reading.text
     assert read_recipe(again).recipe.model == reading.recipe.model
+
+
+@pytest.mark.parametrize("name", ["lm-small", "lm-paper"])
+@pytest.mark.parametrize("baseline", [None, *BASELINES])
+def test_recipes_of_language_models_are_for_every_system(name: str, baseline: str | None) -> None:
+    path = next(path for path in RECIPES if path.stem == name)
+    chosen = [] if baseline is None else [f"--model.baseline={baseline}"]
+    chosen += ["--model.sizes.memory_tokens=50"] * (baseline == "recurrent_memory")
+    chosen += ["--training.checkpoint_segments=null"] * (baseline == "full")
+    recipe = read_recipe(path, chosen).recipe
+    with torch.device("meta"):
+        model = make_model(recipe.model, 32_768)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert {"lm-small": 26 < millions < 28, "lm-paper": 234 < millions < 236}[name]
+    assert recipe.data.length % model.config.segment_length == 0
+    if baseline == "recurrent_memory":
+        assert model.config.memory_tokens == 50
 
 
 def test_a_value_on_the_command_line_comes_before_the_files() -> None:
@@ -185,6 +203,7 @@ def test_a_recipe_trains_and_goes_on_where_it_was_cut_off(
     main(["train", str(path), "--json"])
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["steps"] == 6
+    assert 5 * 128 < figures["tokens"] <= 6 * 128 and figures["seconds"] > 0  # but for ends of documents
     assert 0 < figures["validation_loss"] < 6 and "validation_loss_memory_off" in figures
     folder = tmp_path / "run"
     summary = json.loads((folder / "summary.json").read_text())
@@ -201,7 +220,9 @@ def test_a_recipe_trains_and_goes_on_where_it_was_cut_off(
     main(["train", str(path), "--json"])  # from step 2
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("step")] == ["4/6", "6/6", "6/6"]
-    assert json.loads(lines[-1])["validation_loss"] == figures["validation_loss"]
+    again = json.loads(lines[-1])
+    assert again["validation_loss"] == figures["validation_loss"]
+    assert again["tokens"] == figures["tokens"]  # those before the checkpoint count
     assert (folder / "checkpoint-6" / "model.safetensors").read_bytes() == kept
 
 

@@ -1,8 +1,6 @@
 """`infini passkey`: whether a model still knows a number that it was told up to millions of tokens ago."""
 
-import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from infini_attention.data.passkey import TOLD, Draft, PasskeyPrompts, Prompt
+from infini_attention.data.passkey import Draft, PasskeyPrompts, Prompt
 from infini_attention.data.texts import Text, ids_of
 from infini_attention.evaluation.estimates import Proportion, proportion
-from infini_attention.evaluation.progress import ResidentMemory, StreamProgress
+from infini_attention.evaluation.progress import ReadingProgress
+from infini_attention.evaluation.result_files import check_same_setting, fingerprint, write_whole
 from infini_attention.models import InfiniCache
 from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.ops import MemoryState
@@ -28,8 +27,6 @@ from infini_attention.provenance import Provenance, provenance
 GOLDEN = 0.6180339887498949  # its multiples, modulo 1, are spread evenly however many there are
 CALL_NUMBERS = 1 << 25  # on a GPU: tokens that go through the model at once, of all rows, times its width
 CALL_TOKENS = 1 << 13  # elsewhere
-
-PROBE = f"{TOLD} 0123456789"  # tells one tokenizer from another
 
 Cell = tuple[int, float, int]  # length, depth, number of the sample
 
@@ -199,7 +196,7 @@ def passkey(
     setting = Setting(
         model=model.name_or_path,
         model_type=model.config.model_type,
-        fingerprint=_fingerprint(model, tokenizer, ids),
+        fingerprint=fingerprint(model, tokenizer, ids),
         segment_length=model.config.segment_length,
         update_rule=model.config.update_rule,
         feature_map=model.config.feature_map,
@@ -221,7 +218,7 @@ def passkey(
         report = _resumed(output, report)
     left = _unasked(report)
     began, earlier = time.perf_counter(), report.seconds
-    with _Progress(variant, sum(length for length, _, _ in left)) as progress:
+    with ReadingProgress(variant, sum(length for length, _, _ in left)) as progress:
         for batch in _batches(left, batch_rows):
             asked = [
                 _prompt(drafts[sample * len(depths) + depths.index(depth)], setting, (length, depth, sample))
@@ -231,8 +228,15 @@ def passkey(
             seconds = earlier + time.perf_counter() - began
             report = replace(report, outcomes=outcomes, seconds=seconds)
             if output is not None:
-                _write(output, report)
+                write_whole(output, report.to_json())
     return report
+
+
+def chunk_length(model: Any, rows: int) -> int:
+    """Tokens of each of so many rows to read at once: whole segments, as many as keep the device busy."""
+    at_once = CALL_NUMBERS // model.config.hidden_size if model.device.type == "cuda" else CALL_TOKENS
+    segment: int = model.config.segment_length
+    return max(1, at_once // (rows * segment)) * segment
 
 
 def even_depths(count: int) -> list[float]:
@@ -286,18 +290,6 @@ def tokens_of(text: Text, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     return ids
 
 
-def _fingerprint(model: Any, tokenizer: Any, prose: np.ndarray | None) -> str:
-    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    digest.update(json.dumps(tokenizer(PROBE, add_special_tokens=False)["input_ids"]).encode())
-    if prose is not None:
-        digest.update(prose.tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _resumed(output: Path, report: PasskeyReport) -> PasskeyReport:
     """The report with what `output` holds of it."""
     try:
@@ -306,22 +298,8 @@ def _resumed(output: Path, report: PasskeyReport) -> PasskeyReport:
         outcomes = [Outcome(**each) for each in kept["outcomes"]]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{output} was not written by infini passkey; name another file") from None
-    differences = [
-        f"{name} is {theirs.get(name)!r} there and {value!r} here"
-        for name, value in asdict(report.setting).items()
-        if theirs.get(name) != value
-    ]
-    if differences:
-        raise ValueError(f"{output} holds other figures: {', '.join(differences)}; name another file")
+    check_same_setting(output, asdict(report.setting), theirs)
     return replace(report, outcomes=outcomes, seconds=seconds)
-
-
-def _write(output: Path, report: PasskeyReport) -> None:
-    """Write the file as a whole or not at all."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".unfinished-{os.getpid()}-{output.name}")
-    unfinished.write_text(report.to_json() + "\n")
-    unfinished.replace(output)
 
 
 def _unasked(report: PasskeyReport) -> list[Cell]:
@@ -340,42 +318,14 @@ def _batches(cells: list[Cell], rows: int) -> Iterator[list[Cell]]:
         yield from (waiting[start : start + rows] for start in range(0, len(waiting), rows))
 
 
-class _Progress:
-    """A bar over the tokens of all prompts."""
-
-    def __init__(self, name: str, tokens: int) -> None:
-        self._bar, self._memory = StreamProgress(Text(name), tokens), ResidentMemory()
-        self._tokens, self._began = 0, time.perf_counter()
-
-    def __enter__(self) -> "_Progress":
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.__exit__(*exception)
-
-    def advance(self, tokens: int, cache: InfiniCache) -> None:
-        """So many more tokens have been read into the cache."""
-        self._tokens += tokens
-        seconds, resident = time.perf_counter() - self._began, self._memory.now()
-        self._bar.show(
-            tokens=self._tokens,
-            seconds=seconds,
-            read_bytes=0,
-            state_bytes=cache.nbytes,
-            resident_bytes=resident,
-        )
-
-
 @torch.inference_mode()
 def _outcomes(
-    model: Any, cells: list[Cell], prompts: list[Prompt], chunk_tokens: int | None, progress: _Progress
+    model: Any, cells: list[Cell], prompts: list[Prompt], chunk_tokens: int | None, progress: ReadingProgress
 ) -> list[Outcome]:
     """Read prompts side by side, and ask."""
     segment, start = model.config.segment_length, min(prompt.question_start for prompt in prompts)
     if chunk_tokens is None:
-        at_once = CALL_NUMBERS // model.config.hidden_size if model.device.type == "cuda" else CALL_TOKENS
-        chunk_tokens = max(1, at_once // (len(prompts) * segment)) * segment
+        chunk_tokens = chunk_length(model, len(prompts))
     cache = InfiniCache(model.config)
     for first in range(0, start, chunk_tokens):
         ids = _rows(prompts, first, min(first + chunk_tokens, start)).to(model.device)

@@ -5,6 +5,7 @@ sees only itself. The difference between the two is what the memory does, and no
 """
 
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from infini_attention.data.texts import TokenBlock
-from infini_attention.models import InfiniCache, memory_off
+from infini_attention.models import memory_off
 from infini_attention.models.compat import CACHE_ARGUMENT
 
 TILE_TOKENS, TILE_VOCABULARY = 512, 4096  # 8 MiB of fp32 logits at a time
+GPU_TILE_TOKENS = 8192  # 128 MiB, for fewer and larger products
 CURVE_POINTS = 256
+COLUMNS = 5  # of sums over a text: nats with the memory on and off, tokens, words and bytes
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ class StreamedPerplexity:
             )
         self.tokens = 0
         segment_length = model.config.segment_length
-        self._on, self._off = _Reader(model, shut=False), _Reader(model, shut=True)
-        self._buckets = _Buckets(segment_length)
+        self._on, self._off = LossReader(model), LossReader(model, shut=True)
+        self._buckets = PositionSums(segment_length, columns=COLUMNS)
         self._curve = _Curve(segment_length)
 
     @property
@@ -98,12 +101,12 @@ class StreamedPerplexity:
     @property
     def total(self) -> Stretch:
         """The whole text so far."""
-        return _stretch(0, self.tokens, self._buckets.sums.sum(dim=0))
+        return _stretch(0, self.tokens, self._buckets.total.tolist())
 
     @property
     def by_position(self) -> list[Stretch]:
         """The text so far in stretches of N, N, 2N, 4N, ... tokens, N being the segment length."""
-        return self._buckets.stretches(self.tokens)
+        return [_stretch(*row) for row in self._buckets.rows(self.tokens)]
 
     @property
     def curve(self) -> list[Stretch]:
@@ -112,7 +115,7 @@ class StreamedPerplexity:
 
     def feed(self, piece: TokenBlock) -> None:
         """Read the next tokens of the text."""
-        nats = [reader.read(piece.ids) for reader in (self._on, self._off)]
+        nats = [reader.read(piece.ids[None])[0] for reader in (self._on, self._off)]
         predicted = torch.ones_like(piece.ids)
         if self.tokens == 0:
             predicted[:1] = 0
@@ -122,27 +125,44 @@ class StreamedPerplexity:
         self.tokens += len(piece)
 
 
-class _Reader:
-    """One way through the text: its cache, and the hidden state that predicts the next token."""
+class LossReader:
+    """A model on its way through texts side by side: its cache, and what predicts each text's next token.
 
-    def __init__(self, model: PreTrainedModel, *, shut: bool) -> None:
+    Args:
+        model: an `infini_*` language model or a baseline, in evaluation mode.
+        shut: whether every gate is shut while it reads.
+    """
+
+    def __init__(self, model: Any, *, shut: bool = False) -> None:
         self.model = model
         self.shut = shut
-        self.cache = InfiniCache(model.config)
+        self.cache = model.base_model.cache_class(model.config)
         self.last_hidden: Tensor | None = None
 
     @torch.inference_mode()
     def read(self, ids: Tensor) -> Tensor:
-        """Return each token's negative log-likelihood in nats, (tokens,) fp64; 0 for the text's first."""
+        """Each token's negative log-likelihood in nats, (rows, tokens) fp64; 0 for a text's first.
+
+        `ids` are the next tokens of every text, (rows, tokens) int64.
+        """
         ids = ids.to(self.model.device)
         with self._gates():
-            output = self.model.base_model(ids[None], use_cache=True, **{CACHE_ARGUMENT: self.cache})
-        hidden = output.last_hidden_state[0]
-        before = hidden[:0] if self.last_hidden is None else self.last_hidden
-        predictors = torch.cat([before, hidden[:-1]])
-        self.last_hidden = hidden[-1:].clone()
-        nats = _negative_log_likelihood(self.model, predictors, ids[len(ids) - len(predictors) :])
-        return F.pad(nats, (len(ids) - len(nats), 0)).double().cpu()
+            output = self.model.base_model(ids, use_cache=True, **{CACHE_ARGUMENT: self.cache})
+        hidden = output.last_hidden_state
+        before = hidden[:, :0] if self.last_hidden is None else self.last_hidden
+        predictors = torch.cat([before, hidden[:, :-1]], dim=1)
+        self.last_hidden = hidden[:, -1:].clone()
+        first = ids.shape[1] - predictors.shape[1]
+        targets = ids[:, first:]
+        nats = _negative_log_likelihood(self.model, predictors.flatten(0, 1), targets.flatten())
+        return F.pad(nats.view_as(targets), (first, 0)).double().cpu()
+
+    @torch.inference_mode()
+    def keep(self, rows: int) -> None:
+        """Read on in the first so many texts only."""
+        self.cache.batch_select_indices(torch.arange(rows, device=self.model.device))
+        if self.last_hidden is not None:
+            self.last_hidden = self.last_hidden[:rows]
 
     def _gates(self) -> AbstractContextManager[Any]:
         return memory_off(self.model) if self.shut else nullcontext()
@@ -154,7 +174,8 @@ def _negative_log_likelihood(model: PreTrainedModel, hidden: Tensor, targets: Te
     Logits exist a tile at a time, some tokens by some of the vocabulary. A tile stays in a processor's cache,
     which on a CPU takes half the time of whole rows, and does not grow with the vocabulary.
     """
-    parts = zip(hidden.split(TILE_TOKENS), targets.split(TILE_TOKENS), strict=True)
+    size = TILE_TOKENS if hidden.device.type == "cpu" else GPU_TILE_TOKENS
+    parts = zip(hidden.split(size), targets.split(size), strict=True)
     return torch.cat([_tiled_cross_entropy(model, *part) for part in parts])
 
 
@@ -169,8 +190,10 @@ def _tiled_cross_entropy(model: PreTrainedModel, hidden: Tensor, targets: Tensor
     for start in range(0, len(head.weight), TILE_VOCABULARY):
         product = F.linear(hidden, head.weight[start : start + TILE_VOCABULARY])
         logits = _final_logits(tile[:, : product.shape[1]].copy_(product), model.config)
-        rows = ((start <= targets) & (targets < start + TILE_VOCABULARY)).nonzero().squeeze(1)
-        chosen[rows] = logits[rows, targets[rows] - start]
+        places = targets - start
+        inside = (places >= 0) & (places < logits.shape[1])  # a mask: numbers of rows would wait for a GPU
+        found = logits.gather(1, places.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
+        chosen = torch.where(inside, found, chosen)
         larger = torch.maximum(largest, logits.amax(dim=1))
         total = total * (largest - larger).exp() + logits.sub_(larger[:, None]).exp_().sum(dim=1)
         largest = larger
@@ -186,24 +209,32 @@ def _final_logits(logits: Tensor, config: Any) -> Tensor:
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
-class _Buckets:
+class PositionSums:
     """Sums over tokens by position: the first segment, the second, then ever doubling stretches.
 
-    `sums` is (buckets, 5) fp64, columns as `_stretch` reads them.
+    Args:
+        segment_length: tokens of the first stretch.
+        columns: how many numbers of a token are added up.
     """
 
-    def __init__(self, segment_length: int) -> None:
-        self.edges = segment_length * 2 ** torch.arange(62 - segment_length.bit_length())
-        self.sums = torch.zeros(len(self.edges) + 1, 5, dtype=torch.float64)
+    def __init__(self, segment_length: int, *, columns: int) -> None:
+        self._edges = segment_length * 2 ** torch.arange(62 - segment_length.bit_length())
+        self._sums = torch.zeros(len(self._edges) + 1, columns, dtype=torch.float64)
+
+    @property
+    def total(self) -> Tensor:
+        """The sums over all tokens, (columns,) fp64."""
+        return self._sums.sum(dim=0)
 
     def add(self, start: int, rows: Tensor) -> None:
+        """Add the numbers of tokens from position `start` on, (tokens, columns) fp64."""
         positions = torch.arange(start, start + len(rows))
-        self.sums.index_add_(0, torch.bucketize(positions, self.edges, right=True), rows)
+        self._sums.index_add_(0, torch.bucketize(positions, self._edges, right=True), rows)
 
-    def stretches(self, tokens: int) -> list[Stretch]:
-        starts = [0, *(edge for edge in self.edges.tolist() if edge < tokens)]
-        ends = [*starts[1:], tokens]
-        return [_stretch(*row) for row in zip(starts, ends, self.sums, strict=False)]
+    def rows(self, tokens: int) -> Iterator[tuple[int, int, list[float]]]:
+        """Each stretch of a text of so many tokens: where it starts and ends, and its sums."""
+        starts = [0, *(edge for edge in self._edges.tolist() if edge < tokens)]
+        return zip(starts, [*starts[1:], tokens], self._sums.tolist(), strict=False)
 
 
 class _Curve:
@@ -211,26 +242,26 @@ class _Curve:
 
     def __init__(self, width: int) -> None:
         self.width = width
-        self.sums = torch.zeros(CURVE_POINTS, 5, dtype=torch.float64)
+        self.sums = torch.zeros(CURVE_POINTS, COLUMNS, dtype=torch.float64)
 
     def add(self, start: int, rows: Tensor) -> None:
         end = start + len(rows)
         while end > CURVE_POINTS * self.width:
             self.width *= 2
-            self.sums = F.pad(self.sums.view(-1, 2, 5).sum(dim=1), (0, 0, 0, CURVE_POINTS // 2))
+            self.sums = F.pad(self.sums.view(-1, 2, COLUMNS).sum(dim=1), (0, 0, 0, CURVE_POINTS // 2))
         self.sums.index_add_(0, torch.arange(start, end) // self.width, rows)
 
     def stretches(self, tokens: int) -> list[Stretch]:
         starts = range(0, tokens, self.width)
         return [
             _stretch(start, min(start + self.width, tokens), row)
-            for start, row in zip(starts, self.sums, strict=False)
+            for start, row in zip(starts, self.sums.tolist(), strict=False)
         ]
 
 
-def _stretch(start: int, end: int, sums: Tensor) -> Stretch:
+def _stretch(start: int, end: int, sums: list[float]) -> Stretch:
     """Name the columns of a row of sums."""
-    on, off, tokens, words, size = sums.tolist()
+    on, off, tokens, words, size = sums
     counts = {"tokens": int(tokens), "words": int(words), "bytes": int(size)}
     return Stretch(start, end, on=Loss(nats=on, **counts), off=Loss(nats=off, **counts))
 

@@ -1,6 +1,8 @@
 """What a long reading shows while it runs: a bar on standard error, and the process's memory."""
 
 import threading
+import time
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -86,3 +88,38 @@ class StreamProgress:
             f"{resident_bytes / 1e6:,.0f} MB resident, state {state_bytes / 1e6:.1f} MB"
         )
         self._bar.update(self._task, completed=max(of_bytes, of_tokens), status=status)
+
+
+class ReadingProgress:
+    """A bar over the tokens of all texts of a measurement; `tokens` in sum, None where that is not known.
+
+    `peak_resident_bytes` is the most that the process held whenever it moved.
+    """
+
+    def __init__(self, name: str, tokens: int | None) -> None:
+        self._bar, self._memory = StreamProgress(Text(name), tokens), ResidentMemory()
+        self._tokens, self._began = 0, time.perf_counter()
+
+    @property
+    def peak_resident_bytes(self) -> int:
+        """Bytes of the process in memory."""
+        return self._memory.peak
+
+    def __enter__(self) -> "ReadingProgress":
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.__exit__(*exception)
+
+    def advance(self, tokens: int, cache: Any) -> None:
+        """So many more tokens have been read into the cache, an InfiniCache or a baseline's."""
+        self._tokens += tokens
+        seconds, resident = time.perf_counter() - self._began, self._memory.now()
+        self._bar.show(
+            tokens=self._tokens,
+            seconds=seconds,
+            read_bytes=0,
+            state_bytes=cache.nbytes,
+            resident_bytes=resident,
+        )

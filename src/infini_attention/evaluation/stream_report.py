@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from infini_attention.evaluation.perplexity import Loss, Stretch
+from infini_attention.evaluation.result_files import plain
 from infini_attention.evaluation.stream import StreamReport
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def to_json(report: StreamReport) -> str:
         "curve": [stretch.to_dict() for stretch in report.curve],
     }
     everything = asdict(report) | {name: getattr(report, name) for name in DERIVED} | losses
-    return json.dumps(_plain(everything), allow_nan=False)
+    return json.dumps(plain(everything), allow_nan=False)
 
 
 def plot(report: StreamReport, path: Path) -> None:
@@ -218,12 +219,3 @@ def size(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count / 1e3:.3g} kB"
-
-
-def _plain(value: Any) -> Any:
-    """The same with None for numbers that JSON does not know."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

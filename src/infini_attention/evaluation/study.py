@@ -34,9 +34,9 @@ from infini_attention.evaluation.passkey import Score, even_depths, passkey
 from infini_attention.models import load_tokenizer
 from infini_attention.models.reader import load_reader
 from infini_attention.provenance import Provenance, provenance
-from infini_attention.training.checkpoints import checkpoints
+from infini_attention.training.checkpoints import MODEL, RECIPE, SUMMARY, checkpoints
 from infini_attention.training.recipe import Reading, Recipe, read_recipe
-from infini_attention.training.run import MODEL, RECIPE, SUMMARY, train
+from infini_attention.training.run import train
 
 LOG, REPORT = "log.txt", "study.json"  # of a run in its folder, and of the study in that of all runs
 LOGGED = ("loss", "gate_mean", "gate_max")  # figures of a training's last step

@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 MANIFEST = "manifest.json"
+RECIPE, SUMMARY, MODEL = "recipe.yaml", "summary.json", "model"  # what a run leaves in its folder at its end
 
 
 def seal(checkpoint: Path) -> None:

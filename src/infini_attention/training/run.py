@@ -1,7 +1,6 @@
 """From a recipe to a trained model."""
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,7 +17,7 @@ from transformers.integrations import TensorBoardCallback
 from infini_attention.data.copy_task import CopyTask
 from infini_attention.provenance import provenance
 from infini_attention.training.arguments import InfiniTrainingArguments
-from infini_attention.training.checkpoints import checkpoints, newest_checkpoint
+from infini_attention.training.checkpoints import MODEL, RECIPE, SUMMARY, checkpoints, newest_checkpoint
 from infini_attention.training.estimate import estimate
 from infini_attention.training.figures import measured
 from infini_attention.training.material import load_material, tokenizer_of
@@ -27,8 +26,6 @@ from infini_attention.training.recipe import Recipe
 from infini_attention.training.tensorboard import MemoryBoard
 from infini_attention.training.trainer import InfiniTrainer
 from infini_attention.training.view import TrainingView
-
-RECIPE, SUMMARY, MODEL = "recipe.yaml", "summary.json", "model"  # what a run leaves in its folder
 
 
 def train(recipe: Recipe, text: str) -> dict[str, Any]:
@@ -51,13 +48,9 @@ def train(recipe: Recipe, text: str) -> dict[str, Any]:
         data_collator=material.collator,
         processing_class=material.tokenizer,
     )
-    started = time.monotonic()
     with _shown(trainer):
         trainer.train(resume_from_checkpoint=_going_on(args, folder))
-    figures: dict[str, Any] = {
-        "steps": trainer.state.global_step,
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    figures: dict[str, Any] = {"steps": trainer.state.global_step} | trainer.cost.figures()
     if trainer.stopped_by is not None:
         return figures | {"stopped_by": trainer.stopped_by, "output": str(folder)}
     figures |= measured(trainer, material) | {"output": str(folder / MODEL)}

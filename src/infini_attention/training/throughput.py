@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from infini_attention.baselines.config import BaselineConfigMixin
@@ -65,6 +65,45 @@ class Throughput:
         self._began, self._tokens, self._flops = now, 0, 0.0
         figures = {"tokens_per_second": tokens / seconds}
         return figures if self._peak is None else figures | {"mfu": flops / seconds / self._peak}
+
+
+class Cost:
+    """What a training has cost so far, over all runs that went on from its checkpoints.
+
+    Args:
+        device: that it trains on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._tokens = torch.zeros((), dtype=torch.int64, device=device)  # added up there, so nobody waits
+        self._seconds, self._peak_bytes = 0.0, 0
+        self._began: float | None = None
+
+    def begin(self) -> None:
+        """The training begins, or goes on."""
+        self._began = time.perf_counter()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def count(self, tokens: Tensor) -> None:
+        """Take note of a step in which all processes predict so many tokens, an int64 of no dimension."""
+        self._tokens = self._tokens + tokens
+
+    def figures(self) -> dict[str, float]:
+        """`tokens` predicted, `seconds`, and on a GPU `peak_memory_bytes`, the most that torch held of it."""
+        seconds = self._seconds + (0.0 if self._began is None else time.perf_counter() - self._began)
+        figures = {"tokens": int(self._tokens), "seconds": round(seconds, 1)}
+        if self._device.type != "cuda":
+            return figures
+        peak = max(self._peak_bytes, torch.cuda.max_memory_allocated(self._device))
+        return figures | {"peak_memory_bytes": peak}
+
+    def load(self, figures: dict[str, float]) -> None:
+        """Go on from the figures of a checkpoint; nothing where it is of a version that had none."""
+        self._tokens = torch.tensor(int(figures.get("tokens", 0)), device=self._device)
+        self._seconds = figures.get("seconds", 0.0)
+        self._peak_bytes = int(figures.get("peak_memory_bytes", 0))
 
 
 def flops_per_token(model: Any, length: int) -> float:

@@ -35,7 +35,7 @@ from infini_attention.training.segments import (
     some_segments,
 )
 from infini_attention.training.signals import StopAtSignal, left_to_the_training
-from infini_attention.training.throughput import Throughput
+from infini_attention.training.throughput import Cost, Throughput
 from infini_attention.training.warnings import MemoryWarnings
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ class InfiniTrainer(Trainer):
         self._carried = CarriedMemory()
         self._graphs: GraphedSteps | None = None
         self._throughput = Throughput(self.model, self.args)
+        self.cost = Cost(self.args.device)
         self._signals = StopAtSignal(self.accelerator)
         self.warnings = MemoryWarnings(lambda: self.observation)
         for callback in (self._signals, self.warnings):
@@ -108,6 +109,7 @@ class InfiniTrainer(Trainer):
         elif resume_from_checkpoint and (reason := damage(Path(resume_from_checkpoint))):
             raise ValueError(f"{reason}; go on from another checkpoint")
         self._carried, self._observed_at = CarriedMemory(), -1
+        self.cost.begin()
         try:
             return super().train(resume_from_checkpoint, *arguments, **settings)
         finally:
@@ -165,7 +167,9 @@ class InfiniTrainer(Trainer):
             return batches, None
         batches = [self._drawn(batch) for batch in batches]
         count = torch.stack([predicted(batch) for batch in batches]).sum().to(device)
-        return batches, self.accelerator.reduce(count) // self.args.context_parallel_size
+        count = self.accelerator.reduce(count) // self.args.context_parallel_size
+        self.cost.count(count)
+        return batches, count
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -375,6 +379,7 @@ class InfiniTrainer(Trainer):
             state = torch.load(path, map_location="cpu", weights_only=True)
             self._random.set_state(state["random"])
             self._carried.load(state["carried"], self.args.device)
+            self.cost.load(state.get("cost", {}))
 
     def _check_layout(self, checkpoint: Path) -> None:
         """Raise ValueError where rows would not go on as they were dealt out to processes and steps."""
@@ -394,7 +399,8 @@ class InfiniTrainer(Trainer):
         return f"infini_{self.args.process_index}.pt"
 
     def _own_state(self) -> dict[str, Any]:
-        return {"random": self._random.get_state(), "carried": self._carried.save()}
+        cost = self.cost.figures()
+        return {"random": self._random.get_state(), "carried": self._carried.save(), "cost": cost}
 
     @property
     def _folder(self) -> Path:

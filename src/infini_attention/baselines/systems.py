@@ -1,0 +1,54 @@
+"""What a model is, as a system among others: its name in tables, and whether its gates are open."""
+
+from typing import Any
+
+from infini_attention.baselines.full_attention import FullAttentionConfigMixin
+from infini_attention.baselines.memorizing import MemorizingConfigMixin
+from infini_attention.baselines.recurrent_memory import RecurrentMemoryConfigMixin
+from infini_attention.baselines.transformer_xl import TransformerXLConfigMixin
+from infini_attention.layers import MemoryGate
+from infini_attention.models.config import InfiniConfigMixin
+
+LOCAL_ONLY = "local only"
+"""The name of an `infini_*` model whose gates are all shut: each segment sees itself alone."""
+
+
+def system_name(model: Any) -> str:
+    """The name of a model's system, such as "Infini delta, exp" or "RMT, 100 tokens".
+
+    Raises ValueError for a model that is neither an `infini_*` one nor a baseline.
+    """
+    config = model.config
+    if isinstance(config, InfiniConfigMixin):
+        return _infini_name(config, LOCAL_ONLY if is_local(model) else f"Infini {config.update_rule}")
+    if isinstance(config, FullAttentionConfigMixin):
+        return "full attention"
+    if isinstance(config, MemorizingConfigMixin):
+        return "Memorizing Transformer"
+    if isinstance(config, RecurrentMemoryConfigMixin):
+        return f"RMT, {config.memory_tokens} tokens"
+    if isinstance(config, TransformerXLConfigMixin):
+        return "Transformer-XL"
+    raise ValueError(
+        f"{type(config).__name__} is no config of an infini_* model or a baseline; give one of these"
+    )
+
+
+def has_open_gates(model: Any) -> bool:
+    """Whether any gate of the model lets through what its memory says: a share above 0."""
+    gates = [module.logits for module in model.modules() if isinstance(module, MemoryGate)]
+    return any(bool((gate.detach().float().sigmoid() > 0).any()) for gate in gates)
+
+
+def is_local(model: Any) -> bool:
+    """Whether it is an `infini_*` model whose gates are all shut: nothing of earlier segments is used."""
+    return isinstance(model.config, InfiniConfigMixin) and not has_open_gates(model)
+
+
+def _infini_name(config: Any, first: str) -> str:
+    """`first`, and of the other settings those that are not the paper's and matter."""
+    usual = {} if first == LOCAL_ONLY else {"feature_map": "elu1", "normalization": "sum"}
+    others = [getattr(config, name) for name, value in usual.items() if getattr(config, name) != value]
+    if config.short_convolution:
+        others.append(f"convolution of {config.short_convolution}")
+    return ", ".join([first, *others])
