@@ -325,6 +325,6 @@ def _error(actual: Tensor, expected: Tensor) -> float:
 
 def _precise(state: MemoryState) -> MemoryState:
     """The state in fp64: where a call in fp64 would have to start from."""
-    names = [name for name in vars(state) if name not in ("length", "segment_length")]
+    names = [name for name in state.tensors() if name != "length"]
     fields = {name: getattr(state, name).double() for name in names}
     return MemoryState(**fields, length=state.length, segment_length=state.segment_length)

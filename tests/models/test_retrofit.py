@@ -68,6 +68,7 @@ def test_the_config_is_the_bases_with_the_settings(base):
         "normalization": "sum",
         "model_type": f"infini_{base.config.model_type.removesuffix('_text')}",
         "segment_length": 8,
+        "short_convolution": 0,
         "update_rule": "delta",
     }
     assert ours == {**theirs, **changed}

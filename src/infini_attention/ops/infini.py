@@ -112,7 +112,7 @@ def infini_attention(
             "local_key": local_key,
         }
         _check_finite({name: _without_padding(x, padding_mask) for name, x in tokens.items()})
-        fields = {name: x for name, x in vars(state).items() if name not in ("length", "segment_length")}
+        fields = {name: x for name, x in state.tensors().items() if name != "length"}
         _check_finite({"gate": gate} | fields)
 
     layout = plan(

@@ -110,7 +110,7 @@ class MemoryState:
             raise ValueError(f"cannot join states with segment_length {lengths}; use states of one model")
         open_width = max(state.local_key.shape[2] for state in states)
         columns: dict[str, Any] = {}
-        for name in states[0]._tensors():
+        for name in states[0].tensors():
             parts = [getattr(state, name) for state in states]
             if name in ("local_key", "local_value"):
                 parts = [F.pad(part, (0, 0, 0, open_width - part.shape[2])) for part in parts]
@@ -130,7 +130,12 @@ class MemoryState:
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
-        return sum(tensor.nbytes for tensor in self._tensors().values())
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, without those that are None."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def read(self, query: Tensor, *, feature_map: str = "elu1", normalization: str = "sum") -> Tensor:
         """What `memory` answers to un-rotated queries, by equation (7); see `ops.normalization`.
@@ -184,11 +189,6 @@ class MemoryState:
         return replace(self, local_key=local_key, local_value=local_value)
 
     def _map(self, function: Callable[[Tensor], Tensor], **kept: Tensor) -> "MemoryState":
-        tensors = {name: function(x) for name, x in self._tensors().items() if name not in kept}
+        tensors = {name: function(x) for name, x in self.tensors().items() if name not in kept}
         changes: dict[str, Any] = tensors | kept
         return replace(self, **changes)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        """By name, without those that are not there."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
