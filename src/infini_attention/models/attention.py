@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from infini_attention.layers import MemoryGate, ShortConvolution
 from infini_attention.models.cache import InfiniStepCache
 from infini_attention.models.compat import pop_cache
+from infini_attention.models.config import convolved_channels
 from infini_attention.ops import MemoryState, infini_attention
 from infini_attention.ops.context_parallel import incoming_state
 from infini_attention.ops.convolution import of_open_segment
@@ -94,8 +95,7 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
         super().__init__(config, layer_idx)
         self.memory_gate = MemoryGate(config.num_attention_heads, init=config.gate_init)
         if config.short_convolution:
-            channels = (config.num_attention_heads + config.num_key_value_heads) * self.head_dim
-            self.short_convolution = ShortConvolution(channels, config.short_convolution)
+            self.short_convolution = ShortConvolution(convolved_channels(config), config.short_convolution)
         self.rotation_type = config.layer_type(layer_idx)  # no number, for which each would compile anew
 
     def forward(

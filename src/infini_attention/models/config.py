@@ -115,6 +115,11 @@ class InfiniConfigMixin:
         return getattr(self, "sliding_window", None)
 
 
+def convolved_channels(config: Any) -> int:
+    """Channels that a layer's short convolution has: those of all queries and keys of a token."""
+    return (config.num_attention_heads + config.num_key_value_heads) * head_dim_of(config)
+
+
 def head_dim_of(config: Any) -> int:
     """Width of a head; some families' configs do not name it."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

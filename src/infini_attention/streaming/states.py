@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from infini_attention.models import InfiniCache
 from infini_attention.models.cache import InfiniCacheLayer
-from infini_attention.models.config import InfiniConfigMixin, head_dim_of
+from infini_attention.models.config import InfiniConfigMixin, convolved_channels, head_dim_of
 from infini_attention.ops import MemoryState, feature_maps
 from infini_attention.ops.state import state_dtype
 from infini_attention.streaming.state_file import OpenSegment, Shapes
@@ -31,7 +31,6 @@ def shapes_of(model: PreTrainedModel) -> Shapes:
     """Sizes of the model's states."""
     config: Any = model.config
     head_dim = head_dim_of(config)
-    channels = (config.num_attention_heads + config.num_key_value_heads) * head_dim
     return Shapes(
         layers=config.num_hidden_layers,
         kv_heads=config.num_key_value_heads,
@@ -39,7 +38,7 @@ def shapes_of(model: PreTrainedModel) -> Shapes:
         head_dim=head_dim,
         value_dim=head_dim,
         recent=max(config.short_convolution - 1, 0),
-        recent_channels=channels if config.short_convolution else 0,
+        recent_channels=convolved_channels(config) if config.short_convolution else 0,
         vocab_size=config.vocab_size,
         most_tail=MOST_TAIL,
         most_snapshots=MOST_SNAPSHOTS,
