@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from infini_attention.layers import ShortConvolution
 from infini_attention.models import InfiniCache, retrofit
 from infini_attention.models.compat import CACHE_ARGUMENT
+from infini_attention.models.observe import observe
 
 SEGMENT, WIDTH = 8, 3
 LENGTH = 3 * SEGMENT + 5
@@ -142,3 +143,12 @@ def test_fresh_weights_are_drawn_around_nothing(model: Any) -> None:
 def test_a_width_that_cannot_be_is_refused(make_base: Callable[..., Any], width: int) -> None:
     with pytest.raises(ValueError, match=f"short_convolution is {width}"):
         retrofit(make_base(LlamaForCausalLM), segment_length=SEGMENT, short_convolution=width)
+
+
+def test_packed_documents_are_observed_too(model: Any, make_tokens: Callable[..., Tensor]) -> None:
+    tokens, positions = make_tokens(1, 4 * SEGMENT), torch.arange(2 * SEGMENT).repeat(2)[None]
+    rows = tokens.view(2, 2 * SEGMENT)
+    labels = tokens.clone()
+    labels[:, 2 * SEGMENT] = -100
+    packed = observe(model, {"input_ids": tokens, "labels": labels, "position_ids": positions})
+    torch.testing.assert_close(packed.share, observe(model, {"input_ids": rows, "labels": rows}).share)

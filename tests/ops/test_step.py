@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -89,3 +91,23 @@ def test_a_loaded_row_holds_nothing_of_its_predecessor() -> None:
     empty = MemoryState.empty(1, KV_HEADS, DIM, DIM, segment_length=SEGMENT, dtype=torch.float64)
     buffers.load(0, [empty, empty])
     assert not any(torch.isnan(x).any() for x in vars(buffers).values())
+
+
+def test_what_a_convolution_looks_back_at_is_each_rows_own() -> None:
+    buffers = StepBuffers.empty(1, 2, KV_HEADS, DIM, DIM, segment_length=SEGMENT, recent=(2, 3))
+    buffers.active[0] = True
+    buffers.look_back(0, torch.ones(2, 2, 3))
+    assert buffers.recent[0, 0].all() and not buffers.recent[0, 1].any()  # the other row takes no part
+    buffers.recent.fill_(1)
+    buffers.commit([1])
+    assert buffers.recent[0, 0].all() and not buffers.recent[0, 1].any()  # its segment has ended
+
+
+def test_what_a_convolution_looks_back_at_is_loaded_and_stored() -> None:
+    buffers = StepBuffers.empty(1, 1, KV_HEADS, DIM, DIM, segment_length=SEGMENT, recent=(2, 3))
+    empty = MemoryState.empty(1, KV_HEADS, DIM, DIM, segment_length=SEGMENT)
+    buffers.load(0, [replace(empty, recent=torch.ones(1, 2, 3))])
+    (stored,) = buffers.store(0, 0)
+    assert stored.recent is not None and stored.recent.all()
+    buffers.load(0, [empty])
+    assert not buffers.recent.any()  # nothing of the predecessor
