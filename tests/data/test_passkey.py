@@ -190,6 +190,8 @@ def test_a_prompt_depends_on_seed_and_index_alone() -> None:
         (lambda: task(variants={}), "give at least one, with weights above 0"),
         (lambda: task(variants={"paper": -1.0}), "weights above 0"),
         (lambda: task(prose=PROSE), "without varied"),
+        (lambda: task(split_answers=1.5), "split_answers is 1.5; give a share from 0 to 1"),
+        (lambda: task(distractors=-0.1), "distractors is -0.1; give a share from 0 to 1"),
         (lambda: task(least_segments=9, most_segments=8), "least no more than most"),
         (
             lambda: task(least_segments=1),
@@ -295,6 +297,26 @@ def test_answers_are_split_by_the_end_of_a_segment() -> None:
         asked = (item["shift_labels"] != -100).nonzero().flatten()
         places.add((int(asked[0]) % 128, int(asked[-1]) % 128))
     assert places == {(127, 2), (126, 1), (125, 0)}
+
+
+def test_distractors_are_other_numbers_in_the_background_and_up_to_their_share() -> None:
+    shares = []
+    for item in task(least_segments=16, distractors=0.3):
+        words = str(BYTES.decode(item["input_ids"][item["input_ids"] != 0]))
+        told, background = TELLING.findall(words), re.sub(r"The pass key is .* is the pass key\.", "", words)
+        background = background[: background.index("What is the pass key")]
+        assert len(told) == 1 and not re.search("pass key", background)
+        shares.append(sum(map(len, re.findall(r"\d+", background))) / len(background))
+    assert min(shares) < 0.02 and 0.06 < max(shares) < 0.25
+
+
+def test_distractors_leave_a_prompt_s_length_and_answer() -> None:
+    for plain, item in zip(task(), task(distractors=1.0), strict=True):
+        (places,), (others,) = (
+            torch.nonzero(each["shift_labels"] != -100, as_tuple=True) for each in (plain, item)
+        )
+        assert plain["input_ids"].shape == item["input_ids"].shape and places.equal(others)
+        assert plain["shift_labels"].equal(item["shift_labels"])
 
 
 def test_echoes_are_learnt_where_a_value_is_said_again() -> None:

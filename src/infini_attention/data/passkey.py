@@ -5,7 +5,8 @@ a question put into it. Each of these pieces is tokenised by itself, so that len
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import cycle
 from operator import itemgetter
 from types import MappingProxyType
@@ -49,6 +50,7 @@ NAMES = (
 # fmt: on
 WORDS = ("pass", "key", "Remember", *NAMES)  # that tokenizers of small models do well to keep whole
 COUNTED = ("day", "house", "page", "room", "street", "ticket", "train", "year")
+NUMBERED = ("{}", "{}.", "{} is", "is {}", "of {}.", "No. {}", "the number of the {} is {}.")  # no key is told so
 DISTRACTORS = 2048  # other numbers, after which the same ones come again
 
 
@@ -289,6 +291,25 @@ class PasskeyPrompts:
             offset=float(random.random()) if self.variant.shifts else 0.0,
         )
 
+    def distracted(self, draft: Draft, tokens: int, random: np.random.Generator) -> Draft:
+        """The draft with other numbers at random places of its background, `tokens` of them at most."""
+        drawn = random.integers(len(self._distractors), size=tokens)
+        lengths = np.cumsum([len(self._distractors[number]) for number in drawn])
+        fitting = drawn[lengths <= tokens]
+        placed = zip(random.random(len(fitting)), fitting, strict=True)
+        numbers = [(float(place), self._distractors[number]) for place, number in placed]
+        return replace(draft, others=[*draft.others, *numbers])
+
+    @cached_property
+    def _distractors(self) -> list[Piece]:
+        """Numbers, and the words before or after them, that are no keys."""
+        random = np.random.default_rng(self.seed)
+        numbers = (10 ** random.uniform(0, 5, DISTRACTORS)).astype(int)
+        named = random.choice((*COUNTED, *NAMES), DISTRACTORS)
+        said = zip(random.choice(NUMBERED, DISTRACTORS), named, numbers, strict=True)
+        texts = [f" {form.format(*([name] * (form.count('{}') - 1)), number)}" for form, name, number in said]
+        return self._pieces([[(text, BACKGROUND)] for text in texts])
+
     def _values(self, random: np.random.Generator, count: int) -> np.ndarray:
         """Pass keys, no two alike."""
         smallest, largest = self.variant.smallest, self.variant.largest
@@ -378,6 +399,7 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
         all_asked: bool = False,
         echoes: bool = False,
         split_answers: float = 0.0,
+        distractors: float = 0.0,
         prose: np.ndarray | TokenStore | None = None,
         seed: int = 0,
     ) -> None:
@@ -392,11 +414,13 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
             raise ValueError(f"variants are {dict(variants)}, without varied; add it, or leave prose out")
         if not 0 <= split_answers <= 1:
             raise ValueError(f"split_answers is {split_answers}; give a share from 0 to 1")
+        if not 0 <= distractors <= 1:
+            raise ValueError(f"distractors is {distractors}; give a share from 0 to 1")
         self.examples, self.segment_length = examples, segment_length
         self.least_segments, self.most_segments = least_segments, most_segments
         self.most_keys, self.most_rewrites, self.seed = most_keys, most_rewrites, seed
         self.all_asked, self._learnt = all_asked, (ECHO, ANSWER) if echoes else (ANSWER,)
-        self.split_answers = split_answers
+        self.split_answers, self.distractors = split_answers, distractors
         self._chances = np.array([*variants.values()]) / sum(variants.values())
         self._prompts = [
             PasskeyPrompts(tokenizer, name, prose=prose if name == "varied" else None, seed=seed)
@@ -434,7 +458,11 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
         unused = int(random.integers(min(self.segment_length, room + 1)))
         if self.split_answers and random.random() < self.split_answers:
             unused = self._split(random, draft, unused, room)
-        prompt = draft.prompt(length=draft.shortest + room - unused, depth=float(random.random()))
+        whole = draft.shortest + room - unused
+        if self.distractors:
+            numbers = int(random.uniform(0, self.distractors) * (room - unused))
+            draft = prompts.distracted(draft, numbers, random)
+        prompt = draft.prompt(length=whole, depth=float(random.random()))
         ids, kinds = prompt.tokens(0, prompt.whole), prompt.kinds(0, prompt.whole)
         inputs, labels = np.zeros(length, np.int64), np.full(length, IGNORED)
         inputs[: len(ids) - 1] = ids[:-1]

@@ -38,8 +38,8 @@ def short_convolution(
     earlier, recent = _look_back(x, recent.to(x.dtype), padding_mask)
     output = x * weight[:, 0]
     for back in range(1, before + 1):
-        visible = (positions >= back)[..., None]
-        output = output + torch.where(visible, earlier[back - 1], 0) * weight[:, back]
+        visible = (positions >= back)[..., None]  # in the weight, which is smaller than x
+        output = torch.addcmul(output, earlier[back - 1], torch.where(visible, weight[:, back], 0))
     return output.to(x.dtype), recent
 
 

@@ -81,6 +81,7 @@ class PasskeyRecipe:
         all_asked: Every key in a prompt is asked for.
         echoes: A value is learnt where its sentences say it again, too.
         split_answers: Share of the prompts whose answer is cut by the end of a segment.
+        distractors: Share of the background, at most, that is other numbers.
         prose: What stands around the keys of varied.
     """
 
@@ -93,6 +94,7 @@ class PasskeyRecipe:
     all_asked: bool = False
     echoes: bool = False
     split_answers: float = 0.0
+    distractors: float = 0.0
     prose: Documents | None = None
 
 
