@@ -71,10 +71,17 @@ class ShortConvolution(nn.Module):
         return self
 
     def forward(
-        self, x: Tensor, recent: Tensor | None, *, positions: Tensor, padding_mask: Tensor | None
+        self,
+        x: Tensor,
+        recent: Tensor | None,
+        *,
+        document_positions: Tensor | None = None,
+        padding_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The mixtures, of x's shape and dtype, and what to look back at later; see `ops.convolution`."""
-        return short_convolution(x, self.weight, recent, positions=positions, padding_mask=padding_mask)
+        """The mixtures, of x's shape and dtype, and what was seen; see `ops.convolution`."""
+        return short_convolution(
+            x, self.weight, recent, document_positions=document_positions, padding_mask=padding_mask
+        )
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""

@@ -56,11 +56,10 @@ def test_a_query_finds_a_key_by_what_stood_before_it(model: Any, make_tokens: Ca
     hidden, context = kept[0]["hidden_states"], kept[0]["segment_context"]
     query, key, _, _ = layer.project(hidden, None, context)
     changed = hidden.clone()
-    changed[:, 2 * SEGMENT - 1] += 1  # the last token of a segment, which the next one does not look back at
-    changed[:, 2 * SEGMENT + 1] += 1
+    changed[:, 2 * SEGMENT - 1] += 1  # the last token of a segment, which the next one looks back at
     for before, after in zip((query, key), layer.project(changed, None, context)[:2], strict=True):
         moved = (before != after).any(dim=-1).any(dim=1)[0].nonzero()[:, 0].tolist()
-        assert moved == [2 * SEGMENT - 1, *range(2 * SEGMENT + 1, 2 * SEGMENT + 1 + WIDTH)]
+        assert moved == [*range(2 * SEGMENT - 1, 2 * SEGMENT - 1 + WIDTH)]
 
 
 @pytest.mark.parametrize("pieces", [[1] * LENGTH, [3, 10, 1, 15], [LENGTH - 1, 1]])
@@ -76,14 +75,35 @@ def test_pieces_are_the_same_computation(
     torch.testing.assert_close(cache.recent(1), whole.recent(1), atol=2e-5, rtol=1e-4)
 
 
-def test_nothing_is_looked_back_at_over_the_end_of_a_segment(
+def test_a_state_keeps_what_its_open_segment_looks_back_at(
     model: Any, make_tokens: Callable[..., Tensor]
 ) -> None:
-    tokens, cache = make_tokens(2, 2 * SEGMENT + 1), InfiniCache(model.config)
-    logits(model, tokens[:, :-1], **{CACHE_ARGUMENT: cache})
-    assert not cache.recent(0).any()
-    logits(model, tokens[:, -1:], **{CACHE_ARGUMENT: cache})
-    assert not cache.recent(0)[:, 0].any() and cache.recent(0)[:, 1].all()
+    tokens, whole = make_tokens(2, LENGTH), InfiniCache(model.config)
+    logits(model, tokens[:, : 2 * SEGMENT], **{CACHE_ARGUMENT: whole})
+    began = whole.layers[0].state
+    assert torch.equal(began.recent, began.open_recent) and began.recent.any()
+    for pieces in ([2 * SEGMENT + 3], [2 * SEGMENT, 3], [2 * SEGMENT + 1, 1, 1], [SEGMENT + 1, SEGMENT + 2]):
+        cache = InfiniCache(model.config)
+        for piece in tokens[:, : 2 * SEGMENT + 3].split(pieces, dim=1):
+            logits(model, piece, **{CACHE_ARGUMENT: cache})
+        state = cache.layers[0].state
+        torch.testing.assert_close(state.recent, began.recent)
+        assert not torch.equal(state.open_recent, began.recent)
+
+
+def test_a_state_keeps_it_for_rows_that_end_segments_at_different_times(
+    model: Any, make_tokens: Callable[..., Tensor]
+) -> None:
+    tokens, mask = make_tokens(2, SEGMENT + 4), torch.ones(2, SEGMENT + 4, dtype=torch.int64)
+    mask[1, :3] = 0  # its first segment ends three tokens later
+    together, alone = InfiniCache(model.config), InfiniCache(model.config)
+    for cut in (SEGMENT + 1, SEGMENT + 2, SEGMENT + 4):
+        seen = together.get_seq_length()
+        logits(model, tokens[:, seen:cut], attention_mask=mask[:, :cut], **{CACHE_ARGUMENT: together})
+        logits(model, tokens[1:, max(seen, 3) : cut], **{CACHE_ARGUMENT: alone})
+        for name in ("recent", "open_recent"):
+            parts = [getattr(cache.layers[1].state, name) for cache in (together, alone)]
+            torch.testing.assert_close(parts[0][1:], parts[1], atol=2e-5, rtol=1e-4)
 
 
 def test_rows_are_independent(model: Any, make_tokens: Callable[..., Tensor]) -> None:
@@ -139,7 +159,7 @@ def test_fresh_weights_are_drawn_around_nothing(model: Any) -> None:
     assert weight.mean().abs() < 0.1
 
 
-@pytest.mark.parametrize("width", [-1, 1])
+@pytest.mark.parametrize("width", [-1, 1, SEGMENT + 1])
 def test_a_width_that_cannot_be_is_refused(make_base: Callable[..., Any], width: int) -> None:
     with pytest.raises(ValueError, match=f"short_convolution is {width}"):
         retrofit(make_base(LlamaForCausalLM), segment_length=SEGMENT, short_convolution=width)

@@ -2,10 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_attention.ops import segment_positions
-from infini_attention.ops.convolution import short_convolution
+from infini_attention.ops.convolution import recent_after, short_convolution
 
-SEGMENT, WIDTH, CHANNELS = 5, 3, 4
+WIDTH, CHANNELS = 3, 4
 
 
 def noise(*sizes: int, seed: int = 0) -> Tensor:
@@ -19,22 +18,19 @@ def naive(row: Tensor) -> Tensor:
     """(length, channels) of one row from its start."""
     output = torch.zeros_like(row)
     for t in range(len(row)):
-        for j in range(min(WIDTH - 1, t % SEGMENT) + 1):
+        for j in range(min(WIDTH - 1, t) + 1):
             output[t] += WEIGHT[:, j] * row[t - j]
     return output
 
 
-def convolve(
-    x: Tensor, recent: Tensor | None = None, *, before: int = 0, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    opened = torch.full((len(x),), before)
-    positions = segment_positions(
-        x.shape[1], segment_length=SEGMENT, open_lengths=opened, padding_mask=mask, device=x.device
-    )
-    return short_convolution(x, WEIGHT, recent, positions=positions, padding_mask=mask)
+def convolve(x: Tensor, recent: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The mixtures, and what to look back at after all real tokens."""
+    tokens = torch.full((len(x),), x.shape[1]) if mask is None else mask.sum(dim=1)
+    output, seen = short_convolution(x, WEIGHT, recent, padding_mask=mask)
+    return output, recent_after(seen, WIDTH - 1, tokens)
 
 
-def test_it_is_the_sum_over_the_tokens_before_in_the_same_segment() -> None:
+def test_it_is_the_sum_over_the_tokens_before() -> None:
     x = noise(2, 13, CHANNELS)
     output, recent = convolve(x)
     torch.testing.assert_close(output, torch.stack([naive(row) for row in x]))
@@ -44,11 +40,10 @@ def test_it_is_the_sum_over_the_tokens_before_in_the_same_segment() -> None:
 @pytest.mark.parametrize("pieces", [[1] * 13, [4, 9], [2, 1, 7, 3], [13]])
 def test_pieces_are_the_same_computation(pieces: list[int]) -> None:
     x = noise(2, 13, CHANNELS)
-    outputs, recent, before = [], None, 0
+    outputs, recent = [], None
     for piece in x.split(pieces, dim=1):
-        output, recent = convolve(piece, recent, before=before)
+        output, recent = convolve(piece, recent)
         outputs.append(output)
-        before += piece.shape[1]
     assert torch.equal(torch.cat(outputs, dim=1), convolve(x)[0])
 
 
@@ -66,31 +61,42 @@ def test_padding_on_either_side_and_between_changes_nothing() -> None:
 
     early, rest = filled[:, :6], filled[:, 6:]
     _, recent = convolve(early, mask=mask[:, :6])
-    opened = mask[:, :6].sum(dim=1)
-    positions = segment_positions(
-        7, segment_length=SEGMENT, open_lengths=opened, padding_mask=mask[:, 6:], device="cpu"
-    )
-    later, recent = short_convolution(rest, WEIGHT, recent, positions=positions, padding_mask=mask[:, 6:])
+    later, recent = convolve(rest, recent, mask=mask[:, 6:])
     for row in range(3):
-        torch.testing.assert_close(later[row, mask[row, 6:]], expected[row, int(opened[row]) :])
+        first = int(mask[row, :6].sum())
+        torch.testing.assert_close(later[row, mask[row, 6:]], expected[row, first:])
     torch.testing.assert_close(recent, last)
+
+
+def test_what_is_looked_back_at_after_any_number_of_tokens() -> None:
+    x, recent = noise(2, 6, CHANNELS), noise(2, WIDTH - 1, CHANNELS, seed=5)
+    _, seen = short_convolution(x, WEIGHT, recent)
+    everything = torch.cat([recent, x], dim=1)
+    after = recent_after(seen, WIDTH - 1, torch.tensor([1, 5]))
+    assert torch.equal(after, torch.stack([everything[0, 1:3], everything[1, 5:7]]))
+
+
+def test_packed_documents_look_back_at_nothing_before_them() -> None:
+    x, cut = noise(1, 9, CHANNELS), 4
+    places = torch.cat([torch.arange(cut), torch.arange(9 - cut)])
+    output, _ = short_convolution(x, WEIGHT, None, document_positions=places)
+    torch.testing.assert_close(output[0], torch.cat([naive(x[0, :cut]), naive(x[0, cut:])]))
 
 
 def test_gradients() -> None:
     x, weight, recent = noise(2, 7, CHANNELS), WEIGHT.clone(), noise(2, 2, CHANNELS, seed=4)
-    positions = segment_positions(7, segment_length=SEGMENT, open_lengths=torch.tensor([3, 1]))
+    places = torch.tensor([2, 3, 4, 0, 1, 2, 3])
     inputs = [each.requires_grad_() for each in (x, weight, recent)]
 
     def function(x: Tensor, weight: Tensor, recent: Tensor) -> tuple[Tensor, Tensor]:
-        return short_convolution(x, weight, recent, positions=positions)
+        return short_convolution(x, weight, recent, document_positions=places)
 
     assert torch.autograd.gradcheck(function, inputs)
 
 
 def test_half_precision_is_summed_in_fp32() -> None:
     x, weight = noise(1, 9, CHANNELS).bfloat16(), WEIGHT.bfloat16()
-    positions = segment_positions(9, segment_length=SEGMENT)
-    output, recent = short_convolution(x, weight, None, positions=positions)
-    exact, _ = short_convolution(x.double(), weight.double(), None, positions=positions)
-    assert output.dtype == recent.dtype == torch.bfloat16
+    output, seen = short_convolution(x, weight, None)
+    exact, _ = short_convolution(x.double(), weight.double(), None)
+    assert output.dtype == seen.dtype == torch.bfloat16
     assert torch.equal(output, exact.bfloat16())

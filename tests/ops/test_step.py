@@ -78,7 +78,7 @@ def test_steps_equal_the_function_for_rows_at_different_places(
     for row in range(3):
         (stored,) = buffers.store(row, places[row])
         for name in vars(stored):
-            if name not in ("segment_length", "recent"):
+            if name not in ("segment_length", "recent", "open_recent"):
                 assert torch.allclose(
                     getattr(stored, name).double(), getattr(states[row], name).double(), atol=1e-12
                 ), name
@@ -97,17 +97,20 @@ def test_what_a_convolution_looks_back_at_is_each_rows_own() -> None:
     buffers = StepBuffers.empty(1, 2, KV_HEADS, DIM, DIM, segment_length=SEGMENT, recent=(2, 3))
     buffers.active[0] = True
     buffers.look_back(0, torch.ones(2, 2, 3))
-    assert buffers.recent[0, 0].all() and not buffers.recent[0, 1].any()  # the other row takes no part
-    buffers.recent.fill_(1)
+    assert buffers.open_recent[0, 0].all() and not buffers.open_recent[0, 1].any()  # it takes no part
+    assert not buffers.recent.any()  # no segment has ended
+    buffers.open_recent.fill_(1)
     buffers.commit([1])
-    assert buffers.recent[0, 0].all() and not buffers.recent[0, 1].any()  # its segment has ended
+    assert not buffers.recent[0, 0].any() and buffers.recent[0, 1].all()  # its segment has
+    assert buffers.open_recent.all()
 
 
 def test_what_a_convolution_looks_back_at_is_loaded_and_stored() -> None:
     buffers = StepBuffers.empty(1, 1, KV_HEADS, DIM, DIM, segment_length=SEGMENT, recent=(2, 3))
     empty = MemoryState.empty(1, KV_HEADS, DIM, DIM, segment_length=SEGMENT)
-    buffers.load(0, [replace(empty, recent=torch.ones(1, 2, 3))])
+    buffers.load(0, [replace(empty, recent=torch.ones(1, 2, 3), open_recent=torch.full((1, 2, 3), 2.0))])
     (stored,) = buffers.store(0, 0)
-    assert stored.recent is not None and stored.recent.all()
+    assert stored.recent is not None and stored.recent.eq(1).all()
+    assert stored.open_recent is not None and stored.open_recent.eq(2).all()
     buffers.load(0, [empty])
-    assert not buffers.recent.any()  # nothing of the predecessor
+    assert not buffers.recent.any() and not buffers.open_recent.any()  # nothing of the predecessor

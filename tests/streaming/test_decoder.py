@@ -8,12 +8,13 @@ from infini_attention.models import InfiniCache, retrofit
 from infini_attention.models.cache import InfiniStepCache
 from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.streaming import Decoder
+from infini_attention.streaming.states import Committed
 
 
 class Guest:
     cache: InfiniCache | None = None
 
-    def fall_back(self, memory: torch.Tensor, normalizer: torch.Tensor) -> None:
+    def fall_back(self, whole: Committed) -> None:
         raise AssertionError
 
     def take_back(self, cache: InfiniCache) -> None:

@@ -93,9 +93,17 @@ def make(
         logits=logits() if exact or (end and not tail) else None,
         open_segment=opened,
         snapshots=[
-            Snapshot(place, f"{place:064x}", some(2, 1, 3, 2), some(2, 1, 3), logits())
+            Snapshot(
+                place,
+                f"{place:064x}",
+                some(2, 1, 3, 2),
+                some(2, 1, 3),
+                logits(),
+                some(2, 2, 5, dtype=dtype),
+            )
             for place in range(SEGMENT, end + 1, 2 * SEGMENT)
         ],
+        recent=some(2, 2, 5, dtype=dtype),
     )
 
 
@@ -192,7 +200,12 @@ def test_an_open_segment_may_have_no_token_yet(path: Path) -> None:
 def test_without_a_short_convolution_nothing_is_looked_back_at(path: Path) -> None:
     whole = make(exact=True)
     assert whole.open_segment is not None
-    contents = replace(whole, open_segment=replace(whole.open_segment, recent=None))
+    contents = replace(
+        whole,
+        open_segment=replace(whole.open_segment, open_recent=None),
+        snapshots=[replace(snapshot, recent=None) for snapshot in whole.snapshots],
+        recent=None,
+    )
     write_state(path, contents)
     assert same(read_state(path, PRINT, replace(SHAPES, recent=0, recent_channels=0)), contents)
     with pytest.raises(StateFileError, match="recent"):

@@ -50,7 +50,7 @@ NAMES = (
 # fmt: on
 WORDS = ("pass", "key", "Remember", *NAMES)  # that tokenizers of small models do well to keep whole
 COUNTED = ("day", "house", "page", "room", "street", "ticket", "train", "year")
-NUMBERED = ("{}", "{}.", "{} is", "is {}", "of {}.", "No. {}", "the number of the {} is {}.")  # no key is told so
+NUMBERED = ("{}", "{}.", "{} is", "is {}", "of {}.", "No. {}", "the number of the {} is {}.")  # no key's
 DISTRACTORS = 2048  # other numbers, after which the same ones come again
 
 

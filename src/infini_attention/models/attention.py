@@ -12,8 +12,8 @@ from infini_attention.models.cache import InfiniStepCache
 from infini_attention.models.compat import pop_cache
 from infini_attention.models.config import convolved_channels
 from infini_attention.ops import MemoryState, infini_attention
-from infini_attention.ops.context_parallel import incoming_state
-from infini_attention.ops.convolution import of_open_segment
+from infini_attention.ops.context_parallel import incoming_recent, incoming_state
+from infini_attention.ops.convolution import recent_after
 from infini_attention.ops.step import infini_attention_step
 
 Rotation = tuple[Tensor, Tensor]
@@ -29,7 +29,7 @@ class SegmentContext(NamedTuple):
         padding_mask: (batch, length) bool, True = a real token; None when all are.
         cu_seqlens: (documents + 1,) for packed documents, else None.
         rotations: by type of layer, the rotation at each token's position inside its own segment.
-        positions: of each token inside its own segment, (batch or 1, length).
+        document_positions: of each token inside its own document, (length,), for packed ones, else None.
         segment_weights: (rows, segments) how often each segment counts in memory; None for once.
         context_group: the process group whose ranks hold runs of segments of these rows, if there is one.
     """
@@ -37,7 +37,7 @@ class SegmentContext(NamedTuple):
     padding_mask: Tensor | None
     cu_seqlens: Tensor | None
     rotations: dict[str, Rotation]
-    positions: Tensor
+    document_positions: Tensor | None = None
     segment_weights: Tensor | None = None
     context_group: Any = None
 
@@ -108,7 +108,7 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
         """
         cache = pop_cache(kwargs)
         recent = None if cache is None else cache.recent(self.layer_idx)
-        query, key, value, recent = self.project(hidden_states, recent, segment_context)
+        query, key, value, seen = self.project(hidden_states, recent, segment_context)
         local_query, local_key = self._rotate(query, key, segment_context.rotations[self.rotation_type])
         tensors = query, key, value, self.memory_gate()
         settings = {
@@ -125,23 +125,23 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
             output = infini_attention_step(
                 *tensors, cache.buffers, self.layer_idx, width=cache.width, **settings
             )
-            cache.buffers.look_back(self.layer_idx, recent)
+            cache.buffers.look_back(self.layer_idx, None if seen is None else seen[:, 1:])
         else:
-            state = None if cache is None else cache.layers[self.layer_idx].state
+            before = None if cache is None else cache.layers[self.layer_idx].state
             if segment_context.context_group is not None:
-                state = self._incoming(key, value, state, segment_context)
+                before = self._incoming(key, value, before, segment_context)
             output, state = infini_attention(
                 *tensors,
                 segment_length=self.config.segment_length,
-                state=state,
+                state=before,
                 padding_mask=segment_context.padding_mask,
                 cu_seqlens=segment_context.cu_seqlens,
                 segment_weights=segment_context.segment_weights,
                 **settings,
             )
             if cache is not None:
-                if recent is not None:
-                    state = replace(state, recent=of_open_segment(recent, state.open_length))
+                if seen is not None:
+                    state = _looking_back(state, before, seen, self.config.short_convolution - 1)
                 cache.layers[self.layer_idx].advance(state, hidden_states.shape[1])
         return self.o_proj(output.transpose(1, 2).flatten(2)), None
 
@@ -150,21 +150,24 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Query, key and value of what `_project` says, with the model's short convolution.
 
-        `recent` is what that looks back at (see `ops.convolution`); what it will look back at comes last.
+        `recent` is what that looks back at, and what it has seen comes last; see `ops.convolution`.
         """
         if not self.config.short_convolution:
             return *self._project(hidden_states), None
         query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
-        mixed, recent = self.short_convolution(
-            torch.cat([query, key], dim=-1),
+        both = torch.cat([query, key], dim=-1)
+        if segment_context.context_group is not None:
+            before = self.config.short_convolution - 1
+            recent = incoming_recent(both, recent, before, segment_context.context_group)
+        mixed, seen = self.short_convolution(
+            both,
             recent,
-            positions=segment_context.positions,
+            document_positions=segment_context.document_positions,
             padding_mask=segment_context.padding_mask,
         )
         query, key = mixed.split([query.shape[-1], key.shape[-1]], dim=-1)
-        if segment_context.cu_seqlens is not None:
-            recent = None  # it would be the last document's alone, and packed ones end with their call
-        return *self._in_heads(query, key, self.v_proj(hidden_states)), recent
+        packed = segment_context.cu_seqlens is not None  # and packed documents end with their call
+        return *self._in_heads(query, key, self.v_proj(hidden_states)), None if packed else seen
 
     def _incoming(
         self, key: Tensor, value: Tensor, state: MemoryState | None, segment_context: SegmentContext
@@ -181,3 +184,17 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
             state=state,
             group=segment_context.context_group,
         )
+
+
+def _looking_back(state: MemoryState, before: MemoryState | None, seen: Tensor, recent: int) -> MemoryState:
+    """The new `state` with what its next tokens look back at, `recent` tokens of what was `seen`.
+
+    `before` is the state that the call went on from. What is kept for an open segment's first token stays
+    where that came with an earlier call.
+    """
+    tokens = state.length - (0 if before is None else before.length)
+    whole = tokens - state.open_length  # the call's tokens up to the last end of a segment
+    began = recent_after(seen, recent, whole.clamp(min=0))
+    if before is not None and before.recent is not None:
+        began = torch.where((whole < 0).to(seen.device)[:, None, None], before.recent, began)
+    return replace(state, recent=began, open_recent=recent_after(seen, recent, tokens))

@@ -128,10 +128,10 @@ class InfiniCache(DynamicCache):
         return self
 
     def recent(self, layer: int) -> Tensor | None:
-        """What a layer's short convolution looks back at; None where there is none, or nothing was seen."""
+        """What a layer's next token looks back at; None without a convolution, or where nothing was seen."""
         layers: list[Any] = self.layers
         state = layers[layer].state
-        return None if state is None else state.recent
+        return None if state is None else state.open_recent
 
     @property
     def nbytes(self) -> int:
@@ -160,8 +160,8 @@ class InfiniStepCache(InfiniCache):
         self.width: int | None = None
 
     def recent(self, layer: int) -> Tensor | None:
-        """What a layer's short convolution looks back at; None where there is none."""
-        return self.buffers.recent[layer] if self.buffers.recent.numel() else None
+        """What a layer's next token looks back at; None without a convolution."""
+        return self.buffers.open_recent[layer] if self.buffers.open_recent.numel() else None
 
 
 def _layer_nbytes(layer: Any) -> int:

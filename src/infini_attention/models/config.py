@@ -19,7 +19,7 @@ class InfiniConfigMixin:
         normalization: of what memory answers: "sum", "root", "none" or "unit"; see
             `infini_attention.ops.infini_attention`.
         empty_memory: "local" or "gated"; see `infini_attention.ops.infini_attention`.
-        short_convolution: how many tokens, a token and those just before it in its segment, every query and
+        short_convolution: how many tokens, a token and those just before it, every query and
             every key is a learned mixture of; 0 for queries and keys as in the paper. See `ops.convolution`.
         infini_layers: indices of the layers that have a memory. None stands for every full-attention layer
             and every sliding-window layer whose window is at least `segment_length` (such a window never
@@ -56,6 +56,11 @@ class InfiniConfigMixin:
         if self.short_convolution < 0 or self.short_convolution == 1:
             raise ValueError(
                 f"short_convolution is {self.short_convolution}; give 0 for none, or at least 2 tokens, say 4"
+            )
+        if self.short_convolution > self.segment_length:
+            raise ValueError(
+                f"short_convolution is {self.short_convolution}, more than segment_length, "
+                f"{self.segment_length}; give at most that"
             )
         if not math.isfinite(self.gate_init):
             raise ValueError(f"gate_init is {self.gate_init}; give a finite logit, such as -4.0")

@@ -184,7 +184,7 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
                 padding_mask,
                 cu_seqlens,
                 self._rotations(like, positions),
-                positions,
+                None if cu_seqlens is None else positions_of(cu_seqlens, length)[0],
                 segment_weights,
                 context_group,
             ),

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from infini_attention.ops.infini import memory_map
 from infini_attention.ops.normalization import denominator
 from infini_attention.ops.options import autocast_type
-from infini_attention.ops.state import MemoryState
+from infini_attention.ops.state import MemoryState, state_dtype
 
 
 def incoming_state(
@@ -88,6 +88,22 @@ def incoming_state(
         else:
             memory, normalizer = _linear(memory_sums, normalizer_sums, start, group)
     return replace(start, memory=memory, normalizer=normalizer, length=length)
+
+
+def incoming_recent(x: Tensor, recent: Tensor | None, before: int, group: "dist.ProcessGroup") -> Tensor:
+    """The `before` tokens just before this rank's first, for its short convolution; collective.
+
+    Args:
+        x: (batch, length, channels) of this rank's run, at least `before` long on every rank but the last.
+        recent: what comes before the whole sequences, (batch, before, channels), on the first rank only.
+        before: how many tokens a convolution looks back.
+        group: the ranks, in the order of their runs.
+    """
+    rank = dist.get_rank(group)
+    carried = x.new_zeros(x.shape[0], before, x.shape[2]) if recent is None else recent
+    last = F.pad(x, (0, 0, before, 0))[:, -before:].to(state_dtype(x.dtype))
+    # The first rank takes none of these, which keeps it in the graph.
+    return carried + _gather(last, group)[max(rank - 1, 0) : rank].sum(dim=0)
 
 
 def check_division(length: int, rows: int, *, segment_length: int, group: "dist.ProcessGroup") -> None:

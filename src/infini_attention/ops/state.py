@@ -39,8 +39,10 @@ class MemoryState:
         local_value: its values, (batch, kv_heads, open, value_dim).
         length: each row's real tokens so far, (batch,) int64 on the CPU, since it decides where cuts fall.
         segment_length: N, the number of tokens in a segment.
-        recent: what a short convolution before the attention looks back at, (batch, width - 1, channels), in
-            the inputs' dtype; None without one. The attention itself hands it on as it is.
+        recent: the tokens just before the open segment's first, which a short convolution before the
+            attention looks back at, (batch, width - 1, channels) in the inputs' dtype; None without one. The
+            attention itself hands it on as it is, and `open_recent` too.
+        open_recent: the same just before the next token.
     """
 
     memory: Tensor
@@ -52,6 +54,7 @@ class MemoryState:
     length: Tensor
     segment_length: int
     recent: Tensor | None = None
+    open_recent: Tensor | None = None
 
     @classmethod
     def empty(

@@ -27,8 +27,9 @@ class StepBuffers:
         local_value: (layers, rows, kv_heads, segment_length, value_dim), same dtype.
         used: (rows,) int64 on the same device: tokens of each row's open segment.
         active: (rows,) bool on the same device: which rows the next step is meant for.
-        recent: what short convolutions look back at, (layers, rows, width - 1, channels) in the inputs'
-            dtype; of no size without one.
+        recent, open_recent: what short convolutions look back at from the open segment's first token and
+            from the next one, (layers, rows, width - 1, channels) in the inputs' dtype; of no size without
+            one.
     """
 
     memory: Tensor
@@ -40,6 +41,7 @@ class StepBuffers:
     used: Tensor
     active: Tensor
     recent: Tensor
+    open_recent: Tensor
 
     @classmethod
     def empty(
@@ -75,6 +77,7 @@ class StepBuffers:
             used=torch.zeros(rows, dtype=torch.int64, device=device),
             active=torch.zeros(rows, dtype=torch.bool, device=device),
             recent=torch.zeros(layers, rows, *recent, dtype=dtype, device=device),
+            open_recent=torch.zeros(layers, rows, *recent, dtype=dtype, device=device),
         )
 
     @property
@@ -96,8 +99,10 @@ class StepBuffers:
             new = torch.stack([getattr(state, name)[0] for state in states])
             places[:, :, : new.shape[2]].copy_(new)
             places[:, :, new.shape[2] :].zero_()  # nothing of whoever was here before
-        for recent, state in zip(self.recent, states, strict=True):
-            recent[row] = 0 if state.recent is None else state.recent[0]
+        for name in _RECENT:
+            for recent, state in zip(getattr(self, name), states, strict=True):
+                kept = getattr(state, name)
+                recent[row] = 0 if kept is None else kept[0]
         self.used[row] = int(states[0].open_length[0])
 
     def store(self, row: int, length: int) -> list[MemoryState]:
@@ -107,7 +112,7 @@ class StepBuffers:
         copies = {name: getattr(self, name)[:, row : row + 1].clone() for name in _SUMS}
         copies |= {name: getattr(self, name)[:, row : row + 1, :, :opened].clone() for name in _LOCAL}
         if self.recent.numel():
-            copies["recent"] = self.recent[:, row : row + 1].clone()
+            copies |= {name: getattr(self, name)[:, row : row + 1].clone() for name in _RECENT}
         return [
             MemoryState(
                 **{name: copy[layer] for name, copy in copies.items()},
@@ -120,7 +125,7 @@ class StepBuffers:
     def look_back(self, layer: int, recent: Tensor | None) -> None:
         """Take over what the layer's short convolution looks back at, for active rows; part of the step."""
         if recent is not None:
-            kept = self.recent[layer]
+            kept = self.open_recent[layer]
             kept.copy_(torch.where(self.active[:, None, None], recent, kept))
 
     def advance(self) -> None:
@@ -134,12 +139,13 @@ class StepBuffers:
             pending = getattr(self, f"pending_{name}")
             getattr(self, name).index_add_(1, index, pending.index_select(1, index))
             pending.index_fill_(1, index, 0)
-        self.recent.index_fill_(1, index, 0)
+        self.recent.index_copy_(1, index, self.open_recent.index_select(1, index))
         self.used.index_fill_(0, index, 0)
 
 
 _SUMS = ("memory", "normalizer", "pending_memory", "pending_normalizer")
 _LOCAL = ("local_key", "local_value")
+_RECENT = ("recent", "open_recent")
 
 
 def infini_attention_step(

@@ -13,7 +13,7 @@ from infini_attention.models.cache import InfiniCacheLayer, InfiniStepCache
 from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.ops.step import StepBuffers
 from infini_attention.streaming.interrupts import uninterrupted
-from infini_attention.streaming.states import shapes_of
+from infini_attention.streaming.states import Committed, shapes_of
 
 WARM_UPS = 3  # runs before a step is captured, as torch asks for
 WIDTH_STEP = 128  # on the CPU, open segments are looked at up to a multiple of so many places
@@ -25,7 +25,7 @@ class Guest(Protocol):
     def take_back(self, cache: InfiniCache) -> None:
         """Take over the sequence's state."""
 
-    def fall_back(self, memory: Tensor, normalizer: Tensor) -> None:
+    def fall_back(self, whole: Committed) -> None:
         """A step failed, and of the sequence's state there is left what was at its last whole segment."""
 
 
@@ -111,9 +111,10 @@ class Decoder:
         """Size of one row's state in bytes."""
         return self.buffers.nbytes // self.rows
 
-    def committed(self, row: int) -> tuple[Tensor, Tensor]:
-        """Memory and normalizer of all layers for `row`, (layers, kv_heads, ...); copies."""
-        return self.buffers.memory[:, row].clone(), self.buffers.normalizer[:, row].clone()
+    def committed(self, row: int) -> Committed:
+        """What all layers know of `row` as of its last whole segment; copies."""
+        recent = self.buffers.recent[:, row].clone() if self.buffers.recent.numel() else None
+        return Committed(self.buffers.memory[:, row].clone(), self.buffers.normalizer[:, row].clone(), recent)
 
     @torch.inference_mode()
     def step(self, ids: dict[int, int]) -> Tensor:
@@ -129,7 +130,7 @@ class Decoder:
                 for row in ids:
                     guest, self._guests[row] = self.guest(row), None
                     if guest is not None:
-                        guest.fall_back(*self.committed(row))
+                        guest.fall_back(self.committed(row))
                 raise
 
     def _step_rows(self, ids: dict[int, int]) -> Tensor:

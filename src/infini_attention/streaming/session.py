@@ -31,6 +31,7 @@ from infini_attention.streaming.state_file import (
 from infini_attention.streaming.states import (
     MOST_SNAPSHOTS,
     MOST_TAIL,
+    Committed,
     cache_of,
     check_model,
     committed,
@@ -278,10 +279,10 @@ class Session:
         if self._logits is not None:
             self._logits = self._logits.clone()  # they are the decoder's, and gone with its next step
 
-    def fall_back(self, memory: Tensor, normalizer: Tensor) -> None:
+    def fall_back(self, whole: Committed) -> None:
         """Called by the decoder when a step failed: the open segment will be read again."""
         self._seat = None
-        self._go_back(self._read - len(self._history.opened), self._tail(), memory, normalizer)
+        self._go_back(self._read - len(self._history.opened), self._tail(), whole)
 
     def ask(self, question: str, *, remember: bool = False, **options: Any) -> str:
         """The model's answer to `question`, in the form of the tokenizer's chat template if it has one.
@@ -334,7 +335,7 @@ class Session:
                 return
             if end < to_token < self.tokens:
                 tail = self._tail()[: to_token - end]
-                self._go_back(end, tail, *committed(self.model, self._own_cache()))
+                self._go_back(end, tail, committed(self.model, self._own_cache()))
             elif snapshot is not None:
                 self._go_back_to(snapshot)
             elif to_token == 0:
@@ -347,15 +348,16 @@ class Session:
                 )
             self._kept.forget_after(to_token)
 
-    def _go_back(self, end: int, tail: list[int], memory: Tensor, normalizer: Tensor) -> None:
+    def _go_back(self, end: int, tail: list[int], whole: Committed) -> None:
         """To the `tail` after the last whole segment, which ended at token `end`; it is read again."""
-        self._cache = cache_of(self.model, memory, normalizer, tokens=end) if end else None
+        self._cache = cache_of(self.model, whole, tokens=end) if end else None
         self._read, self._waiting = end, torch.tensor(tail, dtype=torch.int64)
         self._history.opened, self._logits = [], None
 
     def _go_back_to(self, snapshot: Snapshot) -> None:
         self._start_afresh()
-        self._cache = cache_of(self.model, snapshot.memory, snapshot.normalizer, tokens=snapshot.tokens)
+        whole = Committed(snapshot.memory, snapshot.normalizer, snapshot.recent)
+        self._cache = cache_of(self.model, whole, tokens=snapshot.tokens)
         self._logits = snapshot.logits.to(self.model.device)
         self._read, self._history.digest = snapshot.tokens, snapshot.digest
 
@@ -390,14 +392,13 @@ class Session:
 
     def _contents(self, exact: bool, snapshots: bool) -> StateContents:
         cache, tail = self._own_cache(), self._tail()
-        memory, normalizer = committed(self.model, cache)
+        whole = committed(self.model, cache)
         opened = open_segment_of(cache) if exact and cache is not None and self._history.opened else None
         return StateContents(
             fingerprint=fingerprint(self.model, self.tokenizer),
             tokens=self.tokens,
             digest=self._history.digest,
-            memory=memory,
-            normalizer=normalizer,
+            **whole._asdict(),
             tail=torch.tensor(tail, dtype=torch.int32),
             logits=self._logits if opened is not None or not tail else None,
             open_segment=opened,
@@ -430,9 +431,8 @@ class Session:
         self._read, self._waiting = end + read, torch.tensor(tail[read:], dtype=torch.int64)
         self._history = History(self.model.config.segment_length, contents.digest, tail[:read])
         if self._read:
-            self._cache = cache_of(
-                self.model, contents.memory, contents.normalizer, tokens=self._read, opened=opened
-            )
+            whole = Committed(contents.memory, contents.normalizer, contents.recent)
+            self._cache = cache_of(self.model, whole, tokens=self._read, opened=opened)
         if contents.logits is not None:
             self._logits = contents.logits.to(self.model.device)
         for snapshot in contents.snapshots:
@@ -507,13 +507,14 @@ class Session:
     def _take_snapshot(self) -> None:
         if not self._kept.most:
             return
-        memory, normalizer = (
+        whole = (
             committed(self.model, self._cache)
             if self._seat is None
             else self._seat[0].committed(self._seat[1])
         )
         assert self._logits is not None
-        self._kept.add(Snapshot(self._read, self._history.digest, memory, normalizer, self._logits))
+        kept = Snapshot(self._read, self._history.digest, logits=self._logits, **whole._asdict())
+        self._kept.add(kept)
 
 
 _DECODERS: "weakref.WeakKeyDictionary[PreTrainedModel, Decoder]" = weakref.WeakKeyDictionary()

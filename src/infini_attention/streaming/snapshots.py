@@ -34,6 +34,7 @@ class Snapshots:
                 memory=_on_host(snapshot.memory),
                 normalizer=_on_host(snapshot.normalizer),
                 logits=_on_host(snapshot.logits),
+                recent=None if snapshot.recent is None else _on_host(snapshot.recent),
             )
         )
         if len(self._kept) > self.most:

@@ -73,15 +73,15 @@ class OpenSegment:
         local_key: (layers, kv_heads, open, head_dim) in the model's dtype, of the first `open` ids of the
             tail, fewer than a segment.
         local_value: (layers, kv_heads, open, value_dim), likewise.
-        recent: what short convolutions look back at, (layers, width - 1, channels) in the model's dtype; None
-            without them.
+        open_recent: what short convolutions look back at from the next token, (layers, width - 1, channels)
+            in the model's dtype; None without them.
     """
 
     pending_memory: Tensor
     pending_normalizer: Tensor
     local_key: Tensor
     local_value: Tensor
-    recent: Tensor | None = None
+    open_recent: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class Snapshot:
     memory: Tensor
     normalizer: Tensor
     logits: Tensor
+    recent: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class StateContents:
             where that token is in the tail and will be read again, or nothing was read.
         open_segment: what was computed of the tail; None in compact mode.
         snapshots: earlier states, in order, up to the end of the last whole segment.
+        recent: what short convolutions look back at from the end of that segment, (layers, width - 1,
+            channels) in the model's dtype; None without them.
     """
 
     fingerprint: Fingerprint
@@ -121,6 +124,7 @@ class StateContents:
     logits: Tensor | None
     open_segment: OpenSegment | None
     snapshots: list[Snapshot]
+    recent: Tensor | None = None
 
 
 def write_state(path: str | PathLike[str], contents: StateContents) -> int:
@@ -209,20 +213,22 @@ class _Wrong(Exception):
 # --- contents and tensors --------------------------------------------------------------------------------
 
 OPEN_SEGMENT = [field.name for field in fields(OpenSegment)]
-SNAPSHOT = ["memory", "normalizer", "logits"]
+SNAPSHOT = ["memory", "normalizer", "logits", "recent"]
 
 
 def _tensors_of(contents: StateContents) -> dict[str, Tensor]:
     """By name in the file; copies, since safetensors takes none that share memory."""
     tensors = {name: getattr(contents, name) for name in ("memory", "normalizer", "tail")}
-    if contents.logits is not None:
-        tensors["logits"] = contents.logits
+    for name in ("logits", "recent"):
+        if (x := getattr(contents, name)) is not None:
+            tensors[name] = x
     if contents.open_segment is not None:
         tensors |= {name: x for name, x in vars(contents.open_segment).items() if x is not None}
     if contents.snapshots:
         for name in SNAPSHOT:
-            parts = [getattr(snapshot, name).cpu() for snapshot in contents.snapshots]
-            tensors[f"snapshot_{name}"] = torch.stack(parts)
+            parts = [getattr(snapshot, name) for snapshot in contents.snapshots]
+            if parts[0] is not None:
+                tensors[f"snapshot_{name}"] = torch.stack([part.cpu() for part in parts])
     return {
         name: x.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, x in tensors.items()
@@ -245,6 +251,7 @@ def _metadata_of(contents: StateContents) -> str:
 
 def _contents_of(header: "_Header", tensors: dict[str, Tensor]) -> StateContents:
     opened = {name: tensors[name] for name in OPEN_SEGMENT if name in tensors}
+    kept = {name: stack for name in SNAPSHOT if (stack := tensors.get(f"snapshot_{name}")) is not None}
     return StateContents(
         fingerprint=header.fingerprint,
         tokens=header.tokens,
@@ -255,9 +262,10 @@ def _contents_of(header: "_Header", tensors: dict[str, Tensor]) -> StateContents
         logits=tensors.get("logits"),
         open_segment=OpenSegment(**opened) if opened else None,
         snapshots=[
-            Snapshot(tokens, digest, *(tensors[f"snapshot_{name}"][number] for name in SNAPSHOT))
+            Snapshot(tokens, digest, **{name: stack[number] for name, stack in kept.items()})
             for number, (tokens, digest) in enumerate(header.snapshots)
         ],
+        recent=tensors.get("recent"),
     )
 
 
@@ -490,7 +498,10 @@ def _layout(
     memory = DTYPES[state_dtype(dtype)], (*heads, shapes.feature_dim, shapes.value_dim)
     normalizer = DTYPES[state_dtype(dtype)], (*heads, shapes.feature_dim)
     scores = DTYPES[dtype], (shapes.vocab_size,)
+    recent = DTYPES[dtype], (shapes.layers, shapes.recent, shapes.recent_channels)
     layout: Layout = {"memory": memory, "normalizer": normalizer, "tail": ("I32", (tail,))}
+    if shapes.recent:
+        layout["recent"] = recent
     if logits:
         layout["logits"] = scores
     if opened is not None:
@@ -498,10 +509,11 @@ def _layout(
         layout["local_key"] = DTYPES[dtype], (*heads, opened, shapes.head_dim)
         layout["local_value"] = DTYPES[dtype], (*heads, opened, shapes.value_dim)
         if shapes.recent:
-            layout["recent"] = DTYPES[dtype], (shapes.layers, shapes.recent, shapes.recent_channels)
+            layout["open_recent"] = recent
     if snapshots:
-        for name, (kind, shape) in zip(SNAPSHOT, (memory, normalizer, scores), strict=True):
-            layout[f"snapshot_{name}"] = kind, (snapshots, *shape)
+        for name, (kind, shape) in zip(SNAPSHOT, (memory, normalizer, scores, recent), strict=True):
+            if name != "recent" or shapes.recent:
+                layout[f"snapshot_{name}"] = kind, (snapshots, *shape)
     return layout
 
 

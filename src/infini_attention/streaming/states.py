@@ -1,7 +1,7 @@
 """Between a model's cache of one sequence and the stacked tensors that files and snapshots hold."""
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,17 +50,40 @@ def states_of(cache: InfiniCache) -> list[MemoryState]:
     return [layer.state for layer in cache.layers if isinstance(layer, InfiniCacheLayer) and layer.state]
 
 
-def committed(model: PreTrainedModel, cache: InfiniCache | None) -> tuple[Tensor, Tensor]:
-    """Memory (layers, kv_heads, feature_dim, value_dim) and normalizer (layers, kv_heads, feature_dim).
+class Committed(NamedTuple):
+    """What a sequence's layers know as of its last whole segment.
 
-    Both as of the last whole segment, copied; zeros where nothing was read.
+    Attributes:
+        memory: (layers, kv_heads, feature_dim, value_dim).
+        normalizer: (layers, kv_heads, feature_dim).
+        recent: what short convolutions look back at, (layers, width - 1, channels); None without them.
     """
+
+    memory: Tensor
+    normalizer: Tensor
+    recent: Tensor | None
+
+
+def committed(model: PreTrainedModel, cache: InfiniCache | None) -> Committed:
+    """What the cache of one sequence holds as of its last whole segment, copied; zeros for no cache."""
     states = [] if cache is None else states_of(cache)
     if states:
-        return torch.stack([x.memory[0] for x in states]), torch.stack([x.normalizer[0] for x in states])
+        memory = torch.stack([state.memory[0] for state in states])
+        normalizer = torch.stack([state.normalizer[0] for state in states])
+        recent = [state.recent[0] for state in states if state.recent is not None]
+        return Committed(memory, normalizer, torch.stack(recent) if recent else None)
     shapes, dtype = shapes_of(model), state_dtype(model.dtype)
     sizes = shapes.layers, shapes.kv_heads, shapes.feature_dim
-    return torch.zeros(*sizes, shapes.value_dim, dtype=dtype), torch.zeros(sizes, dtype=dtype)
+    return Committed(
+        memory=torch.zeros(*sizes, shapes.value_dim, dtype=dtype),
+        normalizer=torch.zeros(sizes, dtype=dtype),
+        recent=_zero_recent(shapes, model.dtype),
+    )
+
+
+def _zero_recent(shapes: Shapes, dtype: torch.dtype) -> Tensor | None:
+    sizes = shapes.layers, shapes.recent, shapes.recent_channels
+    return torch.zeros(sizes, dtype=dtype) if shapes.recent else None
 
 
 def open_segment_of(cache: InfiniCache) -> OpenSegment:
@@ -75,25 +98,23 @@ def open_segment_of(cache: InfiniCache) -> OpenSegment:
 
 def cache_of(
     model: PreTrainedModel,
-    memory: Tensor,
-    normalizer: Tensor,
+    whole: Committed,
     *,
     tokens: int,
     opened: OpenSegment | None = None,
 ) -> InfiniCache:
     """A cache of one sequence of `tokens` tokens on the model's device: `committed`'s, and what is open."""
     shapes, device = shapes_of(model), model.device
-    memory, normalizer = memory.to(device), normalizer.to(device)
     if opened is None:
         nothing = torch.zeros(shapes.layers, shapes.kv_heads, 0, shapes.head_dim, dtype=model.dtype)
-        opened = OpenSegment(torch.zeros_like(memory), torch.zeros_like(normalizer), nothing, nothing)
-    tensors = {name: tensor.to(device) for name, tensor in vars(opened).items() if tensor is not None}
+        sums = torch.zeros_like(whole.memory), torch.zeros_like(whole.normalizer)
+        opened = OpenSegment(*sums, nothing, nothing, whole.recent)
+    parts = whole._asdict() | vars(opened)
+    tensors = {name: tensor.to(device) for name, tensor in parts.items() if tensor is not None}
     cache = InfiniCache(model.config)
     for number, layer in enumerate(cache.layers):
         assert isinstance(layer, InfiniCacheLayer)
         state = MemoryState(
-            memory=memory[number, None],
-            normalizer=normalizer[number, None],
             **{name: tensor[number, None] for name, tensor in tensors.items()},
             length=torch.tensor([tokens]),
             segment_length=model.config.segment_length,
