@@ -55,7 +55,7 @@ class InfiniConfigMixin:
         check_choice("empty_memory", self.empty_memory, EMPTY_MEMORY)
         if self.short_convolution < 0 or self.short_convolution == 1:
             raise ValueError(
-                f"short_convolution is {self.short_convolution}; give 0 for none, or at least 2 tokens, say 4"
+                f"short_convolution is {self.short_convolution}; give 0 for none, or at least 2 tokens, say 8"
             )
         if self.short_convolution > self.segment_length:
             raise ValueError(

@@ -28,7 +28,7 @@ class ModelRecipe:
         feature_map: Of the memory.
         normalization: Of what the memory answers: sum, root, none or unit.
         empty_memory: local or gated.
-        short_convolution: Tokens that every query and key is a mixture of; 0 for none, or say 4.
+        short_convolution: Tokens that every query and key is a mixture of; 0 for none, or say 8.
         layers: That get a memory; by default all that can have one.
         gate_init: Logit of every gate, also of memorizing; by default 0 for fresh weights and -4 for a
             retrofit.
