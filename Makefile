@@ -1,4 +1,4 @@
-# make demo   a pre-trained model reads a whole play on the CPU, with the memory and without
+# make demo   a number told once is found a million tokens later, on the CPU; then at many lengths and depths
 # make test   lint, format, types, tests
 #
 # Each sets up .venv by itself, and again only when pyproject.toml or constraints.txt change.
@@ -11,7 +11,9 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 .PHONY: demo test clean
 
 demo: .venv/.demo
-	$(BIN)/infini stream hamlet --model smollm2 --plot out/hamlet.png
+	$(BIN)/infini demo shakespeare
+	$(BIN)/infini passkey --variant varied --prose shakespeare --lengths '[1024, 8192, 65536]' --depths 6 \
+		--samples 3 --plot out/passkey.png
 
 test: .venv/.dev
 	$(BIN)/ruff check .

