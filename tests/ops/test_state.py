@@ -1,5 +1,7 @@
 """MemoryState: moved, copied, reordered, joined, read."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -92,6 +94,15 @@ def test_joined_rows_go_on_as_they_would_alone() -> None:
 def test_states_of_other_segment_lengths_do_not_join() -> None:
     with pytest.raises(ValueError, match=r"cannot join states with segment_length \[4, 8\]"):
         MemoryState.cat([filled([10]), filled([10], segment_length=8)])
+
+
+def test_states_with_and_without_a_short_convolution_are_not_joined() -> None:
+    state = filled([10]).detach()
+    convolved = replace(state, recent=torch.ones(1, 2, 3), open_recent=torch.ones(1, 2, 3))
+    assert torch.equal(MemoryState.cat([convolved, convolved]).recent, torch.ones(2, 2, 3))
+    for states in ([state, convolved], [convolved, state]):
+        with pytest.raises(ValueError, match="some are of a short convolution"):
+            MemoryState.cat(states)
 
 
 def test_places_without_a_token_are_zero() -> None:

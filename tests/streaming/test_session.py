@@ -109,6 +109,17 @@ def test_a_loaded_session_goes_on_as_if_it_had_never_stopped(
         assert same_state(whole, loaded)
 
 
+def test_a_file_of_whole_segments_can_be_written_after_autocast(
+    make_session: MakeSession, tmp_path: Path
+) -> None:
+    session, path = make_session(), tmp_path / "text.state"
+    with torch.autocast("cpu", torch.bfloat16):
+        session.feed(words(40))
+    session.save(path, exact=False)
+    loaded = Session.load(path, session.model, session.tokenizer)
+    assert loaded.tokens == 40
+
+
 @pytest.mark.parametrize("spoken", [1, 5, 14])
 def test_an_exact_file_keeps_what_was_generated_bit_for_bit(
     make_session: MakeSession, tmp_path: Path, spoken: int

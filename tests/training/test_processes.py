@@ -43,8 +43,7 @@ def train(folder: str, rule: str, settings: dict[str, Any]) -> tuple[list[float]
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     base = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes))
-    width = 3 if rule == "delta" else 0  # what a process's first tokens look back at is another's
-    model = retrofit(base, segment_length=SEGMENT, update_rule=rule, gate_init=0.0, short_convolution=width)
+    model = retrofit(base, segment_length=SEGMENT, update_rule=rule, gate_init=0.0, short_convolution=3)
     args = InfiniTrainingArguments(
         output_dir=folder,
         max_steps=3,

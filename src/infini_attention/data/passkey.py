@@ -153,7 +153,8 @@ class Draft:
         heading: what comes first.
         told: the sentence that tells the answer.
         earlier: those that tell other values of the same key, each with its place before `told`.
-        others: those that tell other keys, each with its place in the whole background.
+        others: those that tell other keys, or numbers that are no keys, each with its place in the whole
+            background.
         asked_before: questions after other keys, each with its answer, that come before the last one.
         question: what is asked.
         answer: what is to come next.
@@ -377,12 +378,14 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
             and what looks it up there looks it up in memory soon after.
         split_answers: share of the prompts, at most, whose answer is cut by the end of a segment, the hardest
             place: the rest of it sees nothing of the question. By chance alone they are few.
+        distractors: share of a prompt's background, at most, that is other numbers, drawn uniformly; they
+            repeat with it.
         prose: real text, for `varied`; see `PasskeyPrompts`.
         seed: of all that is random.
 
     Raises:
-        ValueError: a number below 1, weights that are not positive, segments that have no room for one key,
-            and what PasskeyPrompts raises.
+        ValueError: a number below 1, a share outside 0 to 1, weights that are not positive, segments that
+            have no room for one key, and what PasskeyPrompts raises.
     """
 
     def __init__(

@@ -123,8 +123,8 @@ def stream(
 
     Args:
         text: A file, - for standard input, or an alias such as hamlet.
-        model: A model's name, folder or GGUF file, or an alias, passkey or smollm2. One without memories is
-            retrofitted, untrained; one with memories is read with as it is.
+        model: A model's name, folder or GGUF file, or an alias: passkey, smollm2. A model without memories
+            is retrofitted, untrained; one with memories is read with as it is.
         segment_length: Tokens a segment when retrofitting; default 512.
         update_rule: linear or delta, when retrofitting; default linear.
         feature_map: Feature map of the memory, when retrofitting; default elu1.

@@ -20,7 +20,8 @@ class InfiniConfigMixin:
             `infini_attention.ops.infini_attention`.
         empty_memory: "local" or "gated"; see `infini_attention.ops.infini_attention`.
         short_convolution: how many tokens, a token and those just before it, every query and
-            every key is a learned mixture of; 0 for queries and keys as in the paper. See `ops.convolution`.
+            every key is a learned mixture of, at most segment_length; 0 for queries and keys as in the paper.
+            See `ops.convolution`.
         infini_layers: indices of the layers that have a memory. None stands for every full-attention layer
             and every sliding-window layer whose window is at least `segment_length` (such a window never
             bites inside a segment); the list that this comes to replaces it.

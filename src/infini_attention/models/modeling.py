@@ -184,7 +184,7 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
                 padding_mask,
                 cu_seqlens,
                 self._rotations(like, positions),
-                None if cu_seqlens is None else positions_of(cu_seqlens, length)[0],
+                None if cu_seqlens is None else positions_of(cu_seqlens, length)[0].to(like.device),
                 segment_weights,
                 context_group,
             ),

@@ -1,7 +1,8 @@
 """Context parallelism: each rank of a process group holds a run of whole segments of the same sequences.
 
-All that a rank lacks is the memory that its first token meets. What a run of segments does to a memory is of
-fixed size. With the sums A_s, B_s, z_s of `ops.parallel`, and w_s for how often a segment counts:
+All that a rank lacks is the memory that its first token meets, and the few tokens that a short convolution
+looks back at, which `incoming_recent` gets by one more all-gather. What a run of segments does to a memory is
+of fixed size. With the sums A_s, B_s, z_s of `ops.parallel`, and w_s for how often a segment counts:
 
     linear   M <- M + U        U = sum_s w_s B_s
     delta    M <- T M + U      [T | U] = X, scanned X <- X - A_s X + [0 | w_s B_s] from X = [I | 0]

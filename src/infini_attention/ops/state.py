@@ -26,8 +26,9 @@ def is_empty(normalizer: Tensor) -> Tensor:
 class MemoryState:
     """What one layer knows of the tokens so far: fixed size, whatever their number.
 
-    Tensors are fp32 (fp64 where the inputs are), except the open segment's local keys and values,
-    which keep the inputs' dtype. Rows are the batch's sequences, or the documents of a packed batch.
+    Tensors are fp32 (fp64 where the inputs are), except the open segment's local keys and values and what a
+    short convolution looks back at, which keep the inputs' dtype. Rows are the batch's sequences, or the
+    documents of a packed batch.
 
     Attributes:
         memory: M of the last whole segment, (batch, kv_heads, feature_dim, value_dim).
@@ -107,10 +108,14 @@ class MemoryState:
 
     @classmethod
     def cat(cls, states: Sequence["MemoryState"]) -> "MemoryState":
-        """The rows of all `states`, in order; ValueError if their segment lengths differ."""
+        """The rows of all `states`, in order; ValueError if they are not of one model."""
         lengths = sorted({state.segment_length for state in states})
         if len(lengths) != 1:
             raise ValueError(f"cannot join states with segment_length {lengths}; use states of one model")
+        if len({(*state.tensors(),) for state in states}) != 1:
+            raise ValueError(
+                "cannot join states of which some are of a short convolution; use states of one model"
+            )
         open_width = max(state.local_key.shape[2] for state in states)
         columns: dict[str, Any] = {}
         for name in states[0].tensors():

@@ -71,7 +71,8 @@ def committed(model: PreTrainedModel, cache: InfiniCache | None) -> Committed:
         memory = torch.stack([state.memory[0] for state in states])
         normalizer = torch.stack([state.normalizer[0] for state in states])
         recent = [state.recent[0] for state in states if state.recent is not None]
-        return Committed(memory, normalizer, torch.stack(recent) if recent else None)
+        # Under autocast it may be narrower than the model, to which files and buffers keep.
+        return Committed(memory, normalizer, torch.stack(recent).to(model.dtype) if recent else None)
     shapes, dtype = shapes_of(model), state_dtype(model.dtype)
     sizes = shapes.layers, shapes.kv_heads, shapes.feature_dim
     return Committed(

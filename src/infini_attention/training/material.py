@@ -74,7 +74,7 @@ def _passkeys(recipe: Recipe, chosen: PasskeyRecipe) -> Material:
     held_out: dict[str, Dataset] = {}
     for most in (chosen.most_segments, LONGER * chosen.most_segments):
         longest = settings | {"least_segments": most, "most_segments": most, "examples": HELD_OUT_PROMPTS}
-        plain = longest | {"all_asked": False, "echoes": False, "split_answers": 0.0}
+        plain = longest | {"all_asked": False, "echoes": False, "split_answers": 0.0, "distractors": 0.0}
         held_out[f"{most}_segments"] = PasskeyTask(tokenizer, **plain, seed=args.seed + 1)
     return Material(task, held_out, "exact_match", len(tokenizer), tokenizer)
 
