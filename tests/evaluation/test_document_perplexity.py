@@ -30,17 +30,9 @@ from infini_attention.layers import MemoryGate
 from infini_attention.models import memory_off, retrofit
 from infini_attention.models.memory_off import SHUT
 
+from .conftest import SIZES
+
 SEGMENT = 16
-SIZES = {
-    "vocab_size": 256,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.2,
-}
 OWN = {"memorizing": {"memory_size": 20, "neighbors": 3}, "recurrent_memory": {"memory_tokens": 3}}
 TEXTS = {
     "a": "A rose by any other name would smell as sweet. " * 2,

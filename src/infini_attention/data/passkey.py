@@ -50,7 +50,15 @@ NAMES = (
 # fmt: on
 WORDS = ("pass", "key", "Remember", *NAMES)  # that tokenizers of small models do well to keep whole
 COUNTED = ("day", "house", "page", "room", "street", "ticket", "train", "year")
-NUMBERED = ("{}", "{}.", "{} is", "is {}", "of {}.", "No. {}", "the number of the {} is {}.")  # no key's
+NUMBERED = (  # how numbers are said that are no keys
+    "{number}",
+    "{number}.",
+    "{number} is",
+    "is {number}",
+    "of {number}.",
+    "No. {number}",
+    "the number of the {name} is {number}.",
+)
 DISTRACTORS = 2048  # other numbers, after which the same ones come again
 
 
@@ -308,7 +316,7 @@ class PasskeyPrompts:
         numbers = (10 ** random.uniform(0, 5, DISTRACTORS)).astype(int)
         named = random.choice((*COUNTED, *NAMES), DISTRACTORS)
         said = zip(random.choice(NUMBERED, DISTRACTORS), named, numbers, strict=True)
-        texts = [f" {form.format(*([name] * (form.count('{}') - 1)), number)}" for form, name, number in said]
+        texts = [f" {form.format(name=name, number=number)}" for form, name, number in said]
         return self._pieces([[(text, BACKGROUND)] for text in texts])
 
     def _values(self, random: np.random.Generator, count: int) -> np.ndarray:
@@ -415,10 +423,9 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
             raise ValueError(f"variants are {dict(variants)}; give at least one, with weights above 0")
         if prose is not None and "varied" not in variants:
             raise ValueError(f"variants are {dict(variants)}, without varied; add it, or leave prose out")
-        if not 0 <= split_answers <= 1:
-            raise ValueError(f"split_answers is {split_answers}; give a share from 0 to 1")
-        if not 0 <= distractors <= 1:
-            raise ValueError(f"distractors is {distractors}; give a share from 0 to 1")
+        for name, share in (("split_answers", split_answers), ("distractors", distractors)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} is {share}; give a share from 0 to 1")
         self.examples, self.segment_length = examples, segment_length
         self.least_segments, self.most_segments = least_segments, most_segments
         self.most_keys, self.most_rewrites, self.seed = most_keys, most_rewrites, seed

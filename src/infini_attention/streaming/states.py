@@ -75,16 +75,12 @@ def committed(model: PreTrainedModel, cache: InfiniCache | None) -> Committed:
         return Committed(memory, normalizer, torch.stack(recent).to(model.dtype) if recent else None)
     shapes, dtype = shapes_of(model), state_dtype(model.dtype)
     sizes = shapes.layers, shapes.kv_heads, shapes.feature_dim
+    recent_sizes = shapes.layers, shapes.recent, shapes.recent_channels
     return Committed(
         memory=torch.zeros(*sizes, shapes.value_dim, dtype=dtype),
         normalizer=torch.zeros(sizes, dtype=dtype),
-        recent=_zero_recent(shapes, model.dtype),
+        recent=torch.zeros(recent_sizes, dtype=model.dtype) if shapes.recent else None,
     )
-
-
-def _zero_recent(shapes: Shapes, dtype: torch.dtype) -> Tensor | None:
-    sizes = shapes.layers, shapes.recent, shapes.recent_channels
-    return torch.zeros(sizes, dtype=dtype) if shapes.recent else None
 
 
 def open_segment_of(cache: InfiniCache) -> OpenSegment:
