@@ -191,6 +191,8 @@ def test_a_prompt_depends_on_seed_and_index_alone() -> None:
         (lambda: task(variants={"paper": -1.0}), "weights above 0"),
         (lambda: task(prose=PROSE), "without varied"),
         (lambda: task(split_answers=1.5), "split_answers is 1.5; give a share from 0 to 1"),
+        (lambda: task(edges=2), "edges is 2; give a share from 0 to 1"),
+        (lambda: task(lone_keys=-1), "lone_keys is -1; give a share from 0 to 1"),
         (lambda: task(distractors=-0.1), "distractors is -0.1; give a share from 0 to 1"),
         (lambda: task(least_segments=9, most_segments=8), "least no more than most"),
         (
@@ -297,6 +299,30 @@ def test_answers_are_split_by_the_end_of_a_segment() -> None:
         asked = (item["shift_labels"] != -100).nonzero().flatten()
         places.add((int(asked[0]) % 128, int(asked[-1]) % 128))
     assert places == {(127, 2), (126, 1), (125, 0)}
+
+
+def test_some_prompts_have_a_lone_key() -> None:
+    def lone(**settings: Any) -> int:
+        items = task(least_segments=8, most_keys=8, **settings)
+        return sum("pass key of" not in str(BYTES.decode(item["input_ids"])) for item in items)
+
+    assert lone(lone_keys=1.0) == len(task()) > lone(lone_keys=0.5) > lone()
+
+
+def test_at_an_edge_one_key_is_asked_for_less_than_a_segment_from_the_heading_or_the_question() -> None:
+    ends = set()
+    for item in task(least_segments=16, most_segments=16, most_keys=3, all_asked=True, edges=1.0):
+        words = str(BYTES.decode(item["input_ids"][item["input_ids"] != 0]))
+        first_question = words.index(" What is the pass key")
+        assert words.count("What is the pass key") == 1
+        asked = re.match(r" What is the pass key( of \w+|)\?", words[first_question:])
+        assert asked is not None
+        sentences = [told for told in TELLING.finditer(words) if told[1] == asked[1]]
+        between = "".join(TELLING.split(words[sentences[0].end() : first_question])[::3])
+        before = "".join(TELLING.split(words[len(TOLD) : sentences[0].start()])[::3])
+        assert min(len(between), len(before)) <= 128 + len(sentences)
+        ends.add(len(between) < len(before))
+    assert ends == {True, False}
 
 
 def test_distractors_are_other_numbers_in_the_background_and_up_to_their_share() -> None:

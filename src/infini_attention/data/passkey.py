@@ -380,8 +380,13 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
         most_segments: of a batch; the number is drawn with a uniform logarithm, so that most are short.
         variants: names of `VARIANTS`, each with its weight in the draw.
         most_keys: keys in a prompt, drawn uniformly from 1 up, and fewer where a prompt has no room for them.
+        lone_keys: share of the prompts that have one key alone, whatever is drawn. Else few of the answers to
+            learn are those of a key without a name.
         most_rewrites: of the key that is asked for, drawn uniformly from 0 up; likewise.
         all_asked: every key in a prompt is asked for, not one alone.
+        edges: share of the prompts that ask for one key, told less than a segment after the first place there
+            is for it or before the last one. By chance alone a key is seldom told in the segment that asks
+            for it, where memory cannot help, or two values of a key in one segment.
         echoes: a value is learnt where its sentences say it again, too: attention alone can copy it there,
             and what looks it up there looks it up in memory soon after.
         split_answers: share of the prompts, at most, whose answer is cut by the end of a segment, the hardest
@@ -406,8 +411,10 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
         most_segments: int = 16,
         variants: Mapping[str, float] = MappingProxyType({"paper": 1.0}),
         most_keys: int = 1,
+        lone_keys: float = 0.0,
         most_rewrites: int = 0,
         all_asked: bool = False,
+        edges: float = 0.0,
         echoes: bool = False,
         split_answers: float = 0.0,
         distractors: float = 0.0,
@@ -423,12 +430,14 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
             raise ValueError(f"variants are {dict(variants)}; give at least one, with weights above 0")
         if prose is not None and "varied" not in variants:
             raise ValueError(f"variants are {dict(variants)}, without varied; add it, or leave prose out")
-        for name, share in (("split_answers", split_answers), ("distractors", distractors)):
+        shares = {"lone_keys": lone_keys, "edges": edges, "split_answers": split_answers}
+        for name, share in (shares | {"distractors": distractors}).items():
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} is {share}; give a share from 0 to 1")
         self.examples, self.segment_length = examples, segment_length
         self.least_segments, self.most_segments = least_segments, most_segments
         self.most_keys, self.most_rewrites, self.seed = most_keys, most_rewrites, seed
+        self.lone_keys, self.edges = lone_keys, edges
         self.all_asked, self._learnt = all_asked, (ECHO, ANSWER) if echoes else (ANSWER,)
         self.split_answers, self.distractors = split_answers, distractors
         self._chances = np.array([*variants.values()]) / sum(variants.values())
@@ -459,20 +468,27 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
         random = np.random.default_rng((self.seed, number, ITEM))
         prompts = self._prompts[random.choice(len(self._prompts), p=self._chances)]
         keys, rewrites = random.integers((1, 0), (self.most_keys + 1, self.most_rewrites + 1)).tolist()
-        while keys + rewrites > 1 and self._needed(prompts, keys, rewrites) > length:
+        keys = 1 if _by_chance(random, self.lone_keys) else keys
+        edge = _by_chance(random, self.edges)
+        all_asked = self.all_asked and not edge
+        while keys + rewrites > 1 and self._needed(prompts, keys, rewrites, all_asked) > length:
             keys, rewrites = max(1, keys - 1), max(0, rewrites - 1)
-        draft = self._draft(prompts, number, keys, rewrites)
+        draft = self._draft(prompts, number, keys, rewrites, all_asked)
         while (room := _room(draft, length)) < 0 and keys + rewrites > 1:  # longer names than usual
             keys, rewrites = max(1, keys - 1), max(0, rewrites - 1)
-            draft = self._draft(prompts, number, keys, rewrites)
+            draft = self._draft(prompts, number, keys, rewrites, all_asked)
         unused = int(random.integers(min(self.segment_length, room + 1)))
-        if self.split_answers and random.random() < self.split_answers:
+        if _by_chance(random, self.split_answers):
             unused = self._split(random, draft, unused, room)
         whole = draft.shortest + room - unused
         if self.distractors:
             numbers = int(random.uniform(0, self.distractors) * (room - unused))
             draft = prompts.distracted(draft, numbers, random)
-        prompt = draft.prompt(length=whole, depth=float(random.random()))
+        depth = float(random.random())
+        if edge:
+            near = depth * min(1.0, self.segment_length / max(1, room - unused))
+            depth = near if _by_chance(random, 0.5) else 1 - near
+        prompt = draft.prompt(length=whole, depth=depth)
         ids, kinds = prompt.tokens(0, prompt.whole), prompt.kinds(0, prompt.whole)
         inputs, labels = np.zeros(length, np.int64), np.full(length, IGNORED)
         inputs[: len(ids) - 1] = ids[:-1]
@@ -492,13 +508,15 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
         split = self.segment_length - kept
         return split if 0 <= split <= room else unused
 
-    def _draft(self, prompts: PasskeyPrompts, number: int, keys: int, rewrites: int) -> Draft:
-        questions = keys if self.all_asked else 1
+    def _draft(
+        self, prompts: PasskeyPrompts, number: int, keys: int, rewrites: int, all_asked: bool
+    ) -> Draft:
+        questions = keys if all_asked else 1
         return prompts.draft(number, keys=keys, rewrites=rewrites, questions=questions)
 
-    def _needed(self, prompts: PasskeyPrompts, keys: int, rewrites: int) -> int:
+    def _needed(self, prompts: PasskeyPrompts, keys: int, rewrites: int, all_asked: bool) -> int:
         """Tokens of a prompt with so many keys, about: as if all had the first draft's names."""
-        questions = keys if self.all_asked else 1
+        questions = keys if all_asked else 1
         one = self._first_drafts[prompts]
         question = len(one.question) + len(one.answer)
         return len(one.heading) + (keys + rewrites) * len(one.told) + questions * question
@@ -512,6 +530,11 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
                 f"least_segments is {self.least_segments}, {length} tokens, and a prompt with one key takes "
                 f"{length - room}; set more segments, or longer ones"
             )
+
+
+def _by_chance(random: np.random.Generator, share: float) -> bool:
+    """Draws nothing for a share of 0, so that what is drawn next stays as it was without it."""
+    return share > 0 and random.random() < share
 
 
 def _room(draft: Draft, length: int) -> int:

@@ -74,7 +74,8 @@ def _passkeys(recipe: Recipe, chosen: PasskeyRecipe) -> Material:
     held_out: dict[str, Dataset] = {}
     for most in (chosen.most_segments, LONGER * chosen.most_segments):
         longest = settings | {"least_segments": most, "most_segments": most, "examples": HELD_OUT_PROMPTS}
-        plain = longest | {"all_asked": False, "echoes": False, "split_answers": 0.0, "distractors": 0.0}
+        shares = dict.fromkeys(("lone_keys", "edges", "split_answers", "distractors"), 0.0)
+        plain = longest | shares | {"all_asked": False, "echoes": False}
         held_out[f"{most}_segments"] = PasskeyTask(tokenizer, **plain, seed=args.seed + 1)
     return Material(task, held_out, "exact_match", len(tokenizer), tokenizer)
 

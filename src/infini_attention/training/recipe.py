@@ -77,8 +77,10 @@ class PasskeyRecipe:
         most_segments: Of a batch; the number is drawn with a uniform logarithm.
         variants: paper, landmark, varied or numbers, each with its weight in the draw.
         most_keys: Keys in a prompt, drawn uniformly from 1 up.
+        lone_keys: Share of the prompts that have one key alone.
         most_rewrites: Other values that the key asked for had before, drawn uniformly from 0 up.
         all_asked: Every key in a prompt is asked for.
+        edges: Share of the prompts that ask for one key, told close to the heading or to the question.
         echoes: A value is learnt where its sentences say it again, too.
         split_answers: Share of the prompts whose answer is cut by the end of a segment.
         distractors: Share of the background, at most, that is other numbers.
@@ -90,8 +92,10 @@ class PasskeyRecipe:
     most_segments: int = 16
     variants: dict[str, float] = field(default_factory=lambda: {"paper": 1.0})
     most_keys: int = 1
+    lone_keys: float = 0.0
     most_rewrites: int = 0
     all_asked: bool = False
+    edges: float = 0.0
     echoes: bool = False
     split_answers: float = 0.0
     distractors: float = 0.0
