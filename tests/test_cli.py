@@ -3,6 +3,7 @@ import json
 from importlib.metadata import version
 
 import pytest
+from rich.table import Table
 
 from infini_attention import cli
 from infini_attention.evaluation import bindings as experiment
@@ -70,6 +71,19 @@ def test_bindings_with_json_prints_one_line_of_json(
     assert code == 0
     assert output.count("\n") == 1
     assert json.loads(output)["trials"] == 2
+
+
+def test_tables_are_cut_to_a_terminal_s_width_and_not_to_a_pipe_s(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    table = Table(show_header=False)
+    table.add_row(*["22,435.21 to 23,019.64"] * 6)
+    cli._print([table])
+    assert capsys.readouterr().out.count("22,435.21 to 23,019.64") == 6
+    monkeypatch.setenv("COLUMNS", "80")
+    cli._print([table])
+    assert max(map(len, capsys.readouterr().out.splitlines())) == 80
 
 
 def test_stream_takes_every_setting_that_its_function_takes() -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -73,6 +74,7 @@ class Generation:
 
 OURS = Reader(model="passkey")  # the model that was trained here
 GROUPS = (Reader, Generation)  # dataclasses whose fields are options by their own names
+WIDE = 240  # characters of a table where there is no terminal to fit
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -845,5 +847,7 @@ def _print(shown: str | Iterable[Table]) -> None:
         print(shown)
         return
     console = Console(markup=False)  # pip's brackets are no markup
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDE  # a file or a pipe cuts no figure short
     for table in shown:
         console.print(table)
