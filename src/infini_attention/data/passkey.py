@@ -465,30 +465,7 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
         return [self._item(number, length) for number in numbers]
 
     def _item(self, number: int, length: int) -> dict[str, Tensor]:
-        random = np.random.default_rng((self.seed, number, ITEM))
-        prompts = self._prompts[random.choice(len(self._prompts), p=self._chances)]
-        keys, rewrites = random.integers((1, 0), (self.most_keys + 1, self.most_rewrites + 1)).tolist()
-        keys = 1 if _by_chance(random, self.lone_keys) else keys
-        edge = _by_chance(random, self.edges)
-        all_asked = self.all_asked and not edge
-        while keys + rewrites > 1 and self._needed(prompts, keys, rewrites, all_asked) > length:
-            keys, rewrites = max(1, keys - 1), max(0, rewrites - 1)
-        draft = self._draft(prompts, number, keys, rewrites, all_asked)
-        while (room := _room(draft, length)) < 0 and keys + rewrites > 1:  # longer names than usual
-            keys, rewrites = max(1, keys - 1), max(0, rewrites - 1)
-            draft = self._draft(prompts, number, keys, rewrites, all_asked)
-        unused = int(random.integers(min(self.segment_length, room + 1)))
-        if _by_chance(random, self.split_answers):
-            unused = self._split(random, draft, unused, room)
-        whole = draft.shortest + room - unused
-        if self.distractors:
-            numbers = int(random.uniform(0, self.distractors) * (room - unused))
-            draft = prompts.distracted(draft, numbers, random)
-        depth = float(random.random())
-        if edge:
-            near = depth * min(1.0, self.segment_length / max(1, room - unused))
-            depth = near if _by_chance(random, 0.5) else 1 - near
-        prompt = draft.prompt(length=whole, depth=depth)
+        prompt = self._prompt(number, length)
         ids, kinds = prompt.tokens(0, prompt.whole), prompt.kinds(0, prompt.whole)
         inputs, labels = np.zeros(length, np.int64), np.full(length, IGNORED)
         inputs[: len(ids) - 1] = ids[:-1]
@@ -502,24 +479,68 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
         }
         return {name: torch.from_numpy(column) for name, column in item.items()}
 
+    def _prompt(self, number: int, length: int) -> Prompt:
+        """What the example `number` holds, for a row of `length` tokens."""
+        random = np.random.default_rng((self.seed, number, ITEM))
+        prompts = self._prompts[random.choice(len(self._prompts), p=self._chances)]
+        keys, rewrites = random.integers((1, 0), (self.most_keys + 1, self.most_rewrites + 1)).tolist()
+        if _by_chance(random, self.lone_keys):
+            keys = 1
+        edge = _by_chance(random, self.edges)
+        draft = self._fitting(prompts, number, keys, rewrites, length, all_asked=self.all_asked and not edge)
+        room = _room(draft, length)
+        unused = int(random.integers(min(self.segment_length, room + 1)))
+        if _by_chance(random, self.split_answers):
+            unused = self._split(random, draft, unused, room)
+        whole = draft.shortest + room - unused
+        if self.distractors:
+            numbers = int(random.uniform(0, self.distractors) * (room - unused))
+            draft = prompts.distracted(draft, numbers, random)
+        return draft.prompt(length=whole, depth=self._depth(random, edge, room - unused))
+
+    def _fitting(
+        self,
+        prompts: PasskeyPrompts,
+        number: int,
+        keys: int,
+        rewrites: int,
+        length: int,
+        *,
+        all_asked: bool,
+    ) -> Draft:
+        """A draft with so many keys and rewrites, or with as many as a row has room for."""
+
+        def needed() -> int:  # about: as if all had the first draft's names
+            one = self._first_drafts[prompts]
+            question = len(one.question) + len(one.answer)
+            questions = keys if all_asked else 1
+            return len(one.heading) + (keys + rewrites) * len(one.told) + questions * question
+
+        def drafted() -> Draft:
+            questions = keys if all_asked else 1
+            return prompts.draft(number, keys=keys, rewrites=rewrites, questions=questions)
+
+        while keys + rewrites > 1 and needed() > length:
+            keys, rewrites = max(1, keys - 1), max(0, rewrites - 1)
+        draft = drafted()
+        while keys + rewrites > 1 and _room(draft, length) < 0:  # longer names than usual
+            keys, rewrites = max(1, keys - 1), max(0, rewrites - 1)
+            draft = drafted()
+        return draft
+
+    def _depth(self, random: np.random.Generator, edge: bool, background: int) -> float:
+        """A share of so many tokens of background, at an edge less than a segment from either end."""
+        depth = float(random.random())
+        if not edge:
+            return depth
+        near = depth * min(1.0, self.segment_length / max(1, background))
+        return near if _by_chance(random, 0.5) else 1 - near
+
     def _split(self, random: np.random.Generator, draft: Draft, unused: int, room: int) -> int:
         """Places to leave at a row's end for its last segment to begin within the answer."""
         kept = int(random.integers(1, max(2, len(draft.answer))))  # the last token of an answer is not read
         split = self.segment_length - kept
         return split if 0 <= split <= room else unused
-
-    def _draft(
-        self, prompts: PasskeyPrompts, number: int, keys: int, rewrites: int, all_asked: bool
-    ) -> Draft:
-        questions = keys if all_asked else 1
-        return prompts.draft(number, keys=keys, rewrites=rewrites, questions=questions)
-
-    def _needed(self, prompts: PasskeyPrompts, keys: int, rewrites: int, all_asked: bool) -> int:
-        """Tokens of a prompt with so many keys, about: as if all had the first draft's names."""
-        questions = keys if all_asked else 1
-        one = self._first_drafts[prompts]
-        question = len(one.question) + len(one.answer)
-        return len(one.heading) + (keys + rewrites) * len(one.told) + questions * question
 
     def _check(self) -> None:
         """Raise ValueError where the shortest rows have no room for the plainest prompts."""
