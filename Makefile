@@ -13,7 +13,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 demo: .venv/.demo
 	$(BIN)/infini demo shakespeare
 	$(BIN)/infini passkey --variant varied --prose shakespeare --lengths '[1024, 8192, 65536]' --depths 6 \
-		--samples 3 --plot out/passkey.png
+		--samples 2 --plot out/passkey.png
 
 test: .venv/.dev
 	$(BIN)/ruff check .
