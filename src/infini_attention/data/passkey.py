@@ -384,8 +384,8 @@ class PasskeyTask(Dataset[dict[str, Tensor]]):
             learn are those of a key without a name.
         most_rewrites: of the key that is asked for, drawn uniformly from 0 up; likewise.
         all_asked: every key in a prompt is asked for, not one alone.
-        edges: share of the prompts that ask for one key, told less than a segment after the first place there
-            is for it or before the last one. By chance alone a key is seldom told in the segment that asks
+        edges: share of the prompts that ask for one key, told with less than a segment of background between
+            it and the heading, or the question. By chance alone a key is seldom told in the segment that asks
             for it, where memory cannot help, or two values of a key in one segment.
         echoes: a value is learnt where its sentences say it again, too: attention alone can copy it there,
             and what looks it up there looks it up in memory soon after.
