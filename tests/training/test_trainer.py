@@ -356,3 +356,11 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None
     ):
         with pytest.raises(ValueError, match=message):
             InfiniTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **settings)
+
+
+def test_a_captured_step_is_for_one_gpu(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    args = InfiniTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, cuda_graphs=True)
+    InfiniTrainer(model=model, args=args, train_dataset=rows())
+    args._n_gpu = 2  # what transformers found
+    with pytest.raises(ValueError, match=r"sees 2 GPUs.*show it one with CUDA_VISIBLE_DEVICES"):
+        InfiniTrainer(model=model, args=args, train_dataset=rows())

@@ -96,7 +96,6 @@ class InfiniTrainingArguments(TrainingArguments):
     def _check_graphs(self) -> None:
         others = {
             "several processes": self.world_size > 1,
-            "several GPUs": self.n_gpu > 1,
             "gradient_accumulation_steps": self.gradient_accumulation_steps > 1,
             "carry_memory": self.carry_memory,
             "checkpoint_segments": self.checkpoint_segments is not None,

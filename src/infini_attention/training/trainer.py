@@ -72,6 +72,11 @@ class InfiniTrainer(Trainer):
                 "label_smoothing_factor or compute_loss_func is set, and the loss is the model's, in chunks; "
                 "leave them out"
             )
+        if self.args.cuda_graphs and self.args.n_gpu > 1:
+            raise ValueError(
+                f"cuda_graphs is set and this process sees {self.args.n_gpu} GPUs, of which a captured step "
+                "uses one; show it one with CUDA_VISIBLE_DEVICES, or leave cuda_graphs out"
+            )
         self.model_accepts_loss_kwargs = True  # losses are sums over a whole step, accumulation included
         self.label_names, self.can_return_loss = [], True  # evaluate by labels or shift_labels alike
         self.observation: Observation | None = None
