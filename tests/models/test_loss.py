@@ -1,7 +1,10 @@
+from copy import deepcopy
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from infini_attention.models.loss import IGNORED
+from infini_attention.models.loss import IGNORED, Teaching, logits_of
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
@@ -57,6 +60,29 @@ def test_segment_weights_reach_every_layer(llama, make_tokens):
     assert not torch.allclose(weighted[1, 16:], plain[1, 16:])
 
 
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+def test_a_teacher_adds_its_divergence_over_the_first_tokens(model, base, make_tokens, name):
+    teacher = deepcopy(base)
+    torch.nn.init.normal_(teacher.lm_head.weight)
+    tokens, wanted = make_tokens(2, 30), make_tokens(2, 30, seed=5)
+    wanted[0, 3:7] = IGNORED
+    with torch.no_grad():
+        hidden = teacher.model(tokens[:, :20]).last_hidden_state
+        taught = teacher(tokens[:, :20]).logits.log_softmax(dim=-1)
+    labels = {name: wanted if name == "shift_labels" else F.pad(wanted, (1, 0), value=IGNORED)[:, :-1]}
+    if name == "labels":
+        wanted = F.pad(wanted[:, :-1], (0, 1), value=IGNORED)
+    ours = model(tokens, use_cache=False).logits.log_softmax(dim=-1)
+    asked = wanted != IGNORED
+    lost = (taught.exp() * (taught - ours[:, :20])).sum(dim=-1)[asked[:, :20]].sum()
+    expected = F.cross_entropy(ours[asked], wanted[asked]) + 0.5 * lost / asked.sum()
+    teaching = Teaching(hidden, lambda x: logits_of(teacher, x), weight=0.5)
+    found = model(tokens, **labels, use_cache=False, loss_chunk=7, teaching=teaching).loss
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    gradients = [torch.autograd.grad(loss, model.lm_head.weight)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
 def test_mistakes_are_named(llama, make_tokens):
     with pytest.raises(ValueError, match="there are no labels"):
         llama(make_tokens(1, 9), loss_chunk=4)
@@ -64,3 +90,6 @@ def test_mistakes_are_named(llama, make_tokens):
         llama(make_tokens(1, 9), labels=make_tokens(1, 9), loss_chunk=0)
     with pytest.raises(ValueError, match="segment_weights has shape"):
         llama(make_tokens(1, 9), segment_weights=torch.ones(1, 5))
+    teaching = Teaching(torch.zeros(1, 9, 32), logits_of, weight=1.0)
+    with pytest.raises(ValueError, match="teaching is given without loss_chunk"):
+        llama(make_tokens(1, 9), labels=make_tokens(1, 9), teaching=teaching)

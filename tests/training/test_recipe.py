@@ -14,11 +14,13 @@ from infini_attention.baselines import BASELINES
 from infini_attention.cli import main
 from infini_attention.models import FAMILIES, load_model
 from infini_attention.training.estimate import _counting, _kept
+from infini_attention.training.material import load_material
 from infini_attention.training.models import make_model, segment_length_of
 from infini_attention.training.recipe import ModelRecipe, read_recipe
-from infini_attention.training.run import train
+from infini_attention.training.run import dry_run, train
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).parents[2] / "recipes"
+RECIPES = sorted([*FOLDER.glob("*.yaml"), *FOLDER.glob("retrofit/*.yaml")])
 COPY = next(path for path in RECIPES if path.stem == "copy-task")
 
 COMMAND = "import torch; torch.set_num_threads(1); from infini_attention.cli import main; main()"
@@ -113,6 +115,7 @@ def test_a_wrong_name_or_type_is_named(capsys: pytest.CaptureFixture[str], overr
         (["--model.base=smollm2"], "model.sizes are set, and model.base 'smollm2' has its own"),
         (["--model.segment_length=16"], "data.copy_task.keys is 8, model.segment_length 16"),
         (["--data.pack=true", "--data.length=77"], "data.length, data.pack belong to documents"),
+        (["--data.more_documents=[{source: x}]"], "data.more_documents belong to documents"),
         (["--training.gate_warmup_steps=-5"], "gate_warmup_steps is -5; give at least 0"),
         (["--training.loss_chunk=0"], "loss_chunk is 0; give at least 1"),
         (
@@ -232,6 +235,22 @@ def test_packing_and_what_it_excludes(tmp_path: Path) -> None:
         read_recipe(path, ["--training.carry_memory=true"])
     with pytest.raises(ValueError, match=r"data.pack and training.least_segments exclude each other"):
         read_recipe(path, ["--training.least_segments=2"])
+
+
+def test_rows_of_all_sources_are_trained_on(tmp_path: Path) -> None:
+    more = [{"source": f"{tmp_path}/texts/{name}.txt"} for name in ("three", "four")]
+    one = {"source": f"{tmp_path}/texts/one.txt"}
+    path = write(tmp_path, data={"documents": one, "more_documents": more})
+    rows = load_material(read_recipe(path).recipe).train
+    texts = "".join(bytes(row["input_ids"].tolist()).decode(errors="ignore") for row in rows)
+    assert [name for name in ("one", "two", "three", "four") if f"What {name}" in texts] == [
+        "one",
+        "three",
+        "four",
+    ]
+    assert "one.txt, " in dry_run(read_recipe(path).recipe)["data"]
+    with pytest.raises(ValueError, match=r"data.more_documents and training.carry_memory exclude each other"):
+        read_recipe(path, ["--training.carry_memory=true"])
 
 
 def test_a_run_that_never_finished_a_checkpoint_starts_anew(

@@ -1,12 +1,14 @@
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from infini_attention.models import retrofit
+from infini_attention.models import load_model, retrofit
 from infini_attention.models.observe import gate_logits
 from infini_attention.training.arguments import InfiniTrainingArguments
 from infini_attention.training.parameters import parameter_groups
@@ -364,3 +366,65 @@ def test_a_captured_step_is_for_one_gpu(model: LlamaForCausalLM, tmp_path: Path)
     args._n_gpu = 2  # what transformers found
     with pytest.raises(ValueError, match=r"sees 2 GPUs.*show it one with CUDA_VISIBLE_DEVICES"):
         InfiniTrainer(model=model, args=args, train_dataset=rows())
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> str:
+    """A folder with a model that thinks otherwise than the one that learns."""
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, initializer_range=1.0, max_position_embeddings=24, **sizes)
+    ).save_pretrained(tmp_path / "teacher")
+    return str(tmp_path / "teacher")
+
+
+def test_a_teachers_predictions_are_learnt(
+    make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM, teacher: str
+) -> None:
+    start = deepcopy(model.state_dict())
+    ids = torch.stack([row["input_ids"] for row in rows(4)])
+    with torch.no_grad():
+        taught = load_model(teacher)(ids[:, :24]).logits.log_softmax(-1)
+
+    def divergence(**settings: Any) -> float:
+        model.load_state_dict(start)
+        make_trainer(max_steps=20, learning_rate=1e-2, **settings).train()
+        with torch.no_grad():
+            ours = model.eval()(ids, use_cache=False).logits[:, :24].log_softmax(-1)
+        return float(F.kl_div(ours, taught, reduction="sum", log_target=True))
+
+    assert divergence(teacher=teacher, teacher_weight=5.0) < 0.8 * divergence()
+
+
+def test_a_teacher_is_not_in_the_validations_loss(
+    make_trainer: Callable[..., InfiniTrainer], teacher: str
+) -> None:
+    alone, taught = (make_trainer(**each).evaluate() for each in ({}, {"teacher": teacher}))
+    assert alone["eval_loss"] == taught["eval_loss"]
+
+
+def test_a_teacher_that_cannot_teach_is_refused(
+    make_trainer: Callable[..., InfiniTrainer], teacher: str, tmp_path: Path
+) -> None:
+    for settings, message in (
+        ({"teacher": teacher, "teacher_tokens": 25}, "teacher_tokens is 25, and teacher .* reads 24 at most"),
+        ({"teacher": teacher, "teacher_tokens": 0}, "teacher_tokens is 0; give at least 1"),
+        ({"teacher": teacher, "teacher_weight": 0.0}, "teacher_weight is 0.0; give more than 0"),
+        ({"teacher_tokens": 4}, "teacher_tokens is 4, and there is no teacher"),
+        ({"teacher": teacher, "carry_memory": True}, "reads whole rows from their start"),
+        ({"teacher": teacher, "cuda_graphs": True}, "cuda_graphs is set with teacher"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(**settings)
+    other = LlamaForCausalLM(LlamaConfig(vocab_size=65, hidden_size=16, num_attention_heads=2))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="knows 65 tokens, and the model 64"):
+        make_trainer(teacher=str(tmp_path / "other"))
+
+
+def test_a_teacher_refuses_packed_documents(make_trainer: Callable[..., InfiniTrainer], teacher: str) -> None:
+    trainer = make_trainer(teacher=teacher)
+    places = torch.cat([torch.arange(20), torch.arange(20)])[None]
+    with pytest.raises(ValueError, match="teacher is set and documents are packed"):
+        trainer._drawn({"input_ids": torch.zeros(1, 40, dtype=torch.int64), "position_ids": places})

@@ -14,7 +14,7 @@ from infini_attention.models.attention import InfiniAttentionMixin, Rotation, Se
 from infini_attention.models.cache import InfiniCache, InfiniCacheLayer, InfiniStepCache
 from infini_attention.models.compat import CACHE_ARGUMENT, pop_cache
 from infini_attention.models.inputs import packed_documents, padding_of, positions_of
-from infini_attention.models.loss import asked_for, chunked_loss, shifted
+from infini_attention.models.loss import Teaching, asked_for, chunked_loss, logits_of, shifted
 from infini_attention.models.runs import in_runs
 from infini_attention.ops import segment_positions
 from infini_attention.ops.context_parallel import check_division
@@ -319,6 +319,7 @@ class InfiniForCausalLMMixin(InfiniPreTrainedMixin):
         logits_to_keep: int | Tensor = 0,
         segment_weights: Tensor | None = None,
         loss_chunk: int | None = None,
+        teaching: Teaching | None = None,
         **kwargs: Any,
     ) -> Any:
         """The family's forward; with `loss_chunk`, a loss without logits.
@@ -334,6 +335,7 @@ class InfiniForCausalLMMixin(InfiniPreTrainedMixin):
             logits_to_keep: how many of the last tokens get logits; 0 for all.
             segment_weights: see there.
             loss_chunk: logits of so many tokens exist at once; the output then has a loss and no logits.
+            teaching: what a teacher says to the first tokens, for the loss; with `loss_chunk` only.
             **kwargs: a cache, `checkpoint_segments`, `detach_every` and `context_group` as in the decoder's
                 forward, `num_items_in_batch` that losses are divided by, `shift_labels` (batch, length) in
                 place of `labels`, which stand where they are predicted, and whatever else the family's
@@ -348,27 +350,29 @@ class InfiniForCausalLMMixin(InfiniPreTrainedMixin):
             "segment_weights": segment_weights,
         }
         if loss_chunk is None:
+            if teaching is not None:
+                raise ValueError("teaching is given without loss_chunk; set loss_chunk, say to 2048")
             return super().forward(labels=labels, logits_to_keep=logits_to_keep, **kwargs)  # type: ignore[misc]
         shift_labels = kwargs.pop("shift_labels", None)
         targets = shifted(labels, shift_labels)
         count = kwargs.pop("num_items_in_batch", None)
         hidden = self.model(**kwargs).last_hidden_state
         # A task's labels ask for little of what is read; how little, no graph knows in its capture.
-        if shift_labels is not None and not capturing(hidden):
+        if shift_labels is not None and teaching is None and not capturing(hidden):
             hidden, targets = asked_for(hidden, targets)
-        loss = chunked_loss(self.logits_of, hidden, targets, chunk=loss_chunk, num_items_in_batch=count)
+        loss = chunked_loss(
+            self.logits_of,
+            hidden,
+            targets,
+            chunk=loss_chunk,
+            num_items_in_batch=count,
+            teaching=teaching,
+        )
         return CausalLMOutputWithPast(loss=loss)
 
     def logits_of(self, hidden_states: Tensor) -> Tensor:
         """The logits that forward makes of the decoder's last hidden states, (..., hidden_size)."""
-        config: Any = self.config  # type: ignore[attr-defined]
-        logits = self.lm_head(hidden_states)
-        if scaling := getattr(config, "logits_scaling", None):  # Granite
-            logits = logits / scaling
-        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
-            logits = torch.tanh(logits / cap) * cap
-        assert isinstance(logits, Tensor)
-        return logits
+        return logits_of(self, hidden_states)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -30,6 +30,11 @@ class InfiniTrainingArguments(TrainingArguments):
         cuda_graphs: forward and backward of each shape of batch are captured as a CUDA graph once and then
             replayed, for small models that wait for the host; on one GPU, with one batch a step. On a CPU
             there is nothing to capture, and steps run as ever.
+        teacher: a model, as `load_model` takes it, whose predictions are learnt beside the text: usually the
+            base of a retrofit, within its window; None for none. See `training.teaching`.
+        teacher_weight: of its divergence from the model, which the training's loss then holds beside the
+            cross entropy.
+        teacher_tokens: of each row, from its start, that the teacher reads; None for its whole window.
         observe_steps: every so many steps the memory's part in the output and the loss without it are
             measured on the step's own tokens; 0 for never.
     """
@@ -47,6 +52,9 @@ class InfiniTrainingArguments(TrainingArguments):
     carry_memory: bool = field(default=False)
     context_parallel_size: int = field(default=1)
     cuda_graphs: bool = field(default=False)
+    teacher: str | None = field(default=None)
+    teacher_weight: float = field(default=1.0)
+    teacher_tokens: int | None = field(default=None)
     observe_steps: int = field(default=0)
 
     def __post_init__(self) -> None:
@@ -68,7 +76,7 @@ class InfiniTrainingArguments(TrainingArguments):
         for name in ("gate_learning_rate", *steps):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 0")
-        for name in ("least_segments", "checkpoint_segments", "detach_every", "loss_chunk"):
+        for name in ("least_segments", "checkpoint_segments", "detach_every", "loss_chunk", "teacher_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1, or leave it out")
         if not self.repeat_ceiling >= 1:
@@ -92,6 +100,7 @@ class InfiniTrainingArguments(TrainingArguments):
             self._check_context_parallel()
         if self.cuda_graphs:
             self._check_graphs()
+        self._check_teacher()
 
     def _check_graphs(self) -> None:
         others = {
@@ -102,11 +111,25 @@ class InfiniTrainingArguments(TrainingArguments):
             "detach_every": self.detach_every is not None,
             "gradient_checkpointing": self.gradient_checkpointing,
             "torch_compile": self.torch_compile,
+            "teacher": self.teacher is not None,
         }
         if clashing := [name for name, given in others.items() if given]:
             raise ValueError(
                 f"cuda_graphs is set with {', '.join(clashing)}, which a captured step knows nothing of; "
                 "leave one of them out"
+            )
+
+    def _check_teacher(self) -> None:
+        if not self.teacher_weight > 0:
+            raise ValueError(
+                f"teacher_weight is {self.teacher_weight}; give more than 0, or leave teacher out"
+            )
+        if self.teacher is None and self.teacher_tokens is not None:
+            raise ValueError(f"teacher_tokens is {self.teacher_tokens}, and there is no teacher; name one")
+        if self.teacher is not None and (self.carry_memory or self.context_parallel_size > 1):
+            raise ValueError(
+                f"teacher is {self.teacher}, which reads whole rows from their start; leave it out, or "
+                "carry_memory and context_parallel_size"
             )
 
     def _check_context_parallel(self) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 from transformers import (
     DataCollatorWithFlattening,
     PreTrainedTokenizerBase,
@@ -48,11 +48,12 @@ def load_material(recipe: Recipe) -> Material:
     assert data.documents is not None
     tokenizer, held_out = tokenizer_of(recipe), None
     with args.main_process_first(local=False, desc="tokenising"):
-        store = tokenized(data.documents, tokenizer, data.shards)
+        sources = [data.documents, *data.more_documents]
+        stores = [tokenized(each, tokenizer, data.shards) for each in sources]
         if data.validation is not None:
             held_out = _single_rows(tokenized(data.validation, tokenizer, data.shards), data)
     collator = DataCollatorWithFlattening() if data.pack else default_data_collator
-    rows = _rows(store, recipe)
+    rows = _rows(stores, recipe)
     return Material(rows, held_out, "validation_loss", len(tokenizer), tokenizer, collator)
 
 
@@ -80,13 +81,13 @@ def _passkeys(recipe: Recipe, chosen: PasskeyRecipe) -> Material:
     return Material(task, held_out, "exact_match", len(tokenizer), tokenizer)
 
 
-def _rows(store: TokenStore, recipe: Recipe) -> Dataset:
-    """The store's documents as a training's rows."""
+def _rows(stores: list[TokenStore], recipe: Recipe) -> Dataset:
+    """The documents of all stores as a training's rows."""
     args = recipe.training
     if args.carry_memory:
         rows = args.per_device_train_batch_size * args.world_size
-        return CarriedWindows(store, recipe.data.length, rows, seed=args.seed)
-    return _single_rows(store, recipe.data)
+        return CarriedWindows(stores[0], recipe.data.length, rows, seed=args.seed)
+    return ConcatDataset([_single_rows(store, recipe.data) for store in stores])
 
 
 def _single_rows(store: TokenStore, data: DataRecipe) -> Dataset:

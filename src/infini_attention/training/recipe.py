@@ -108,6 +108,7 @@ class DataRecipe:
 
     Attributes:
         documents: To train on.
+        more_documents: Further sources; rows of all are drawn alike, so that each has the share of its size.
         validation: Documents to measure the loss on after training.
         tokenizer: The base's by default; bytes for UTF-8 bytes, or the name of a model.
         length: Tokens a row.
@@ -119,6 +120,7 @@ class DataRecipe:
     """
 
     documents: Documents | None = None
+    more_documents: list[Documents] = field(default_factory=list)
     validation: Documents | None = None
     tokenizer: str | None = None
     length: int = 32_768
@@ -169,6 +171,11 @@ class Recipe:
                 "data.pack and training.least_segments exclude each other: documents have their own lengths; "
                 "leave one out"
             )
+        if data.more_documents and self.training.carry_memory:
+            raise ValueError(
+                "data.more_documents and training.carry_memory exclude each other: a memory is carried "
+                "through one source; leave one out"
+            )
         if data.pack and self.training.carry_memory:
             raise ValueError("data.pack and training.carry_memory exclude each other; leave one out")
 
@@ -198,7 +205,9 @@ class Recipe:
 
     def _refuse_settings_of_documents(self) -> None:
         """Raise ValueError for what a task that makes its own rows would not use."""
-        names = ["validation", "length", "pack"] + ["tokenizer"] * (self.data.copy_task is not None)
+        names = ["more_documents", "validation", "length", "pack"] + ["tokenizer"] * (
+            self.data.copy_task is not None
+        )
         given = [name for name in names if getattr(self.data, name) != getattr(DataRecipe(), name)]
         if given:
             raise ValueError(

@@ -72,7 +72,8 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
         source, vocab_size = "pass keys", len(tokenizer_of(recipe))
     else:
         assert data.documents is not None
-        source, vocab_size, length = data.documents.source, len(tokenizer_of(recipe)), data.length
+        source = ", ".join(each.source for each in (data.documents, *data.more_documents))
+        vocab_size, length = len(tokenizer_of(recipe)), data.length
     model = make_model(recipe.model, vocab_size)
     needs = asdict(estimate(model, args, length=length))
     figures = {"model": type(model).__name__, "data": source, "length": length, "device": str(args.device)}

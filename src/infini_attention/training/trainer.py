@@ -35,6 +35,7 @@ from infini_attention.training.segments import (
     some_segments,
 )
 from infini_attention.training.signals import StopAtSignal, left_to_the_training
+from infini_attention.training.teaching import Teacher
 from infini_attention.training.throughput import Cost, Throughput
 from infini_attention.training.warnings import MemoryWarnings
 
@@ -77,6 +78,7 @@ class InfiniTrainer(Trainer):
                 f"cuda_graphs is set and this process sees {self.args.n_gpu} GPUs, of which a captured step "
                 "uses one; show it one with CUDA_VISIBLE_DEVICES, or leave cuda_graphs out"
             )
+        model: Any = self.model
         self.model_accepts_loss_kwargs = True  # losses are sums over a whole step, accumulation included
         self.label_names, self.can_return_loss = [], True  # evaluate by labels or shift_labels alike
         self.observation: Observation | None = None
@@ -87,6 +89,7 @@ class InfiniTrainer(Trainer):
         self._random = torch.Generator().manual_seed(self.args.seed + self._context.number)
         self._carried = CarriedMemory()
         self._graphs: GraphedSteps | None = None
+        self._teacher = Teacher(self.args, model.config.vocab_size) if self.args.teacher else None
         self._throughput = Throughput(self.model, self.args)
         self.cost = Cost(self.args.device)
         self._signals = StopAtSignal(self.accelerator)
@@ -218,6 +221,8 @@ class InfiniTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _loss_of(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if self._teacher is not None and model.training:
+            inputs["teaching"] = self._teacher.teach(inputs["input_ids"], inputs.get("attention_mask"))
         loss: Tensor = model(**inputs, use_cache=False, loss_chunk=self.args.loss_chunk).loss
         return loss
 
@@ -312,6 +317,10 @@ class InfiniTrainer(Trainer):
         if args.cuda_graphs and documents is not None:
             raise ValueError(
                 "cuda_graphs is set and documents are packed, each batch in its own way; leave one out"
+            )
+        if self._teacher is not None and documents is not None:
+            raise ValueError(
+                "teacher is set and documents are packed, which it would read as one; leave one out"
             )
         for name in ("checkpoint_segments", "detach_every"):
             if getattr(args, name) is not None:
