@@ -1,13 +1,18 @@
 import inspect
 import json
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
+import torch
 from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from infini_attention import cli
+from infini_attention.data.tokenizers import open_tokenizer
 from infini_attention.evaluation import bindings as experiment
 from infini_attention.evaluation.stream import stream
+from infini_attention.models import load_model, load_tokenizer
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -99,3 +104,29 @@ def test_a_text_that_is_not_there_is_one_line_and_exit_code_2(capsys: pytest.Cap
     assert output == ""
     assert error.startswith("infini: ")
     assert error.count("\n") == 1
+
+
+def test_retrofit_saves_a_model_that_loads_again_and_overwrites_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_key_value_heads=2, **sizes)).eval()
+    base.save_pretrained(tmp_path / "base")
+    open_tokenizer("bytes").save_pretrained(tmp_path / "base")
+    chosen = ["--segment_length", "8", "--update_rule", "delta", "--layers", "[1]", "--json"]
+    command = ["retrofit", str(tmp_path / "base"), "-o", str(tmp_path / "new")]
+    code, output, _ = run(capsys, *command, *chosen)
+    figures = json.loads(output)
+    assert code == 0
+    assert (figures["gates"], figures["layers_with_memory"]) == (4, 1)
+    assert figures["numbers_in_memory"] == 2 * 8 * 9 + 2 * 8 * 2 * 8  # a memory, a layer's window beside it
+    model = load_model(tmp_path / "new")
+    assert (model.config.segment_length, model.config.update_rule) == (8, "delta")
+    assert model.config.infini_layers == [1]
+    ids = torch.arange(8)[None]
+    assert torch.equal(model(ids).logits, base(ids).logits)
+    assert len(load_tokenizer(tmp_path / "new")) == 256
+    code, _, error = run(capsys, *command)
+    assert code == 2
+    assert "holds something already; name a new folder" in error

@@ -627,6 +627,72 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
+def retrofit(
+    base: str,
+    output: Path,
+    *,
+    segment_length: int = 2048,
+    update_rule: str = "linear",
+    feature_map: str = "elu1",
+    normalization: str = "sum",
+    empty_memory: str = "local",
+    short_convolution: int = 0,
+    layers: list[int] | None = None,
+    gate_init: float = -4.0,
+    json: bool = False,
+) -> None:
+    """Give a pre-trained model a memory, still untrained, and save it: AutoModelForCausalLM loads it.
+
+    Texts of at most one segment give the base's logits exactly.
+
+    Args:
+        base: A model's name, folder or GGUF file, or an alias: smollm2.
+        output: A new folder to save it in, with the base's tokenizer.
+        segment_length: Tokens a segment.
+        update_rule: linear or delta.
+        feature_map: Feature map of the memory.
+        normalization: sum, root, none or unit.
+        empty_memory: What a first segment, with nothing before it, gets: local or gated.
+        short_convolution: Tokens that every query and key is a mixture of; 0 for none.
+        layers: That get a memory, such as '[4, 5, 6]'; by default all that can have one.
+        gate_init: Logit of every gate; -4 gives the memory 1.8 % of each output.
+    """
+    from transformers.utils import logging
+
+    from infini_attention.baselines import memory_floats
+    from infini_attention.models import load_tokenizer
+    from infini_attention.models import retrofit as retrofitted
+
+    logging.disable_progress_bar()
+    if output.exists() and (output.is_file() or any(output.iterdir())):
+        raise ValueError(f"{output} holds something already; name a new folder")
+    model = retrofitted(
+        base,
+        segment_length=segment_length,
+        update_rule=update_rule,
+        feature_map=feature_map,
+        normalization=normalization,
+        empty_memory=empty_memory,
+        short_convolution=short_convolution,
+        layers=layers,
+        gate_init=gate_init,
+    )
+    tokenizer = load_tokenizer(base)
+    for part in (model, tokenizer):
+        part.save_pretrained(output)
+    heads = model.config.num_attention_heads
+    figures = {
+        "model": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "gates": len(model.config.infini_layers) * heads,
+        "layers_with_memory": len(model.config.infini_layers),
+        "layers": model.config.num_hidden_layers,
+        "numbers_in_memory": memory_floats(model.config, segment_length),
+        "output": str(output),
+    }
+    _print_figures(figures, json)
+
+
 def train(recipe: Path, overrides: list[str]) -> None:
     """Train by a recipe; the same command goes on where it was cut off.
 
@@ -753,6 +819,7 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "chat": chat,
     "state": state,
+    "retrofit": retrofit,
     "train": train,
     "tokenizer": tokenizer,
     "study": study,
