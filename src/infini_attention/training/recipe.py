@@ -12,12 +12,30 @@ from infini_attention.training.arguments import InfiniTrainingArguments
 
 
 @dataclass
+class LoraRecipe:
+    """Low-rank matrices that learn in place of a base's weights; gates learn beside them.
+
+    Attributes:
+        rank: Of the matrices.
+        alpha: What they add is multiplied by alpha / rank.
+        dropout: Of what goes into them.
+        target_modules: Names of linear layers, such as q_proj; by default all but the output's.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: list[str] | None = None
+
+
+@dataclass
 class ModelRecipe:
     """The model to train.
 
     Attributes:
         base: A pre-trained model, by name, folder, GGUF file or alias: retrofitted, or gone on with if it has
-            memories. None for fresh weights.
+            memories or is an adapter. None for fresh weights.
+        lora: Train an adapter of the base, which stays as it is; the output is then an adapter.
         family: Of fresh weights: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3, smollm3 or granite.
         baseline: Another system on the same skeleton, with fresh weights: full, transformer_xl, memorizing or
             recurrent_memory. None for Infini-attention.
@@ -36,6 +54,7 @@ class ModelRecipe:
     """
 
     base: str | None = None
+    lora: LoraRecipe | None = None
     family: str = "llama"
     baseline: str | None = None
     sizes: dict[str, Any] = field(default_factory=dict)
@@ -150,6 +169,8 @@ class Recipe:
             raise ValueError("model has neither base nor sizes; name a pre-trained model, or give sizes")
         if model.base is not None and model.sizes:
             raise ValueError(f"model.sizes are set, and model.base {model.base!r} has its own; leave one out")
+        if model.lora is not None and model.base is None:
+            raise ValueError("model.lora is set, and fresh weights have no base to adapt; leave it out")
         if data.copy_task is None and data.tokenizer is None and model.base is None:
             raise ValueError("data.tokenizer is not set, and fresh weights have none; set it, say to bytes")
         if data.copy_task is not None and data.copy_task.keys != model.segment_length:
@@ -182,7 +203,15 @@ class Recipe:
     def _refuse_settings_of_memories(self) -> None:
         """Raise ValueError for what a baseline has no use for."""
         name, training, usual = self.model.baseline, self.training, ModelRecipe()
-        fields = ["base", "update_rule", "feature_map", "normalization", "empty_memory", "short_convolution"]
+        fields = [
+            "base",
+            "lora",
+            "update_rule",
+            "feature_map",
+            "normalization",
+            "empty_memory",
+            "short_convolution",
+        ]
         fields += ["layers", "memory"]
         fields += ["gate_init"] * (name != "memorizing")
         given = {f"model.{field}": getattr(self.model, field) != getattr(usual, field) for field in fields}

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from infini_attention.models.adapters import is_adapted, save_config
 from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.models.inputs import packed_documents
 from infini_attention.models.loss import predicted
@@ -122,6 +123,12 @@ class InfiniTrainer(Trainer):
             return super().train(resume_from_checkpoint, *arguments, **settings)
         finally:
             self._signals.end()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = output_dir or self.args.output_dir
+        if folder is not None and is_adapted(self.model):
+            save_config(self.model, Path(folder))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimiser that `args.optim` names, over `parameter_groups`.

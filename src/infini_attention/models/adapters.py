@@ -1,0 +1,114 @@
+"""LoRA adapters (arXiv 2106.09685), by peft: what a retrofitted model has learnt, without its base's weights.
+
+A folder of one holds peft's files, which name the base, and the config of the model with memories. Gates, and
+short convolutions where there are any, are in it whole.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from infini_attention.models.config import InfiniConfigMixin
+from infini_attention.models.memories import memory_settings, with_memories
+
+PEFT_CONFIG = "adapter_config.json"
+OWN = {"memory_gate", "short_convolution"}  # modules that no base has
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of a model with memories, as `save_adapter` leaves it."""
+    if not (folder / PEFT_CONFIG).is_file() or not (folder / "config.json").is_file():
+        return False
+    return isinstance(AutoConfig.from_pretrained(folder), InfiniConfigMixin)
+
+
+def add_adapter(
+    model: Any, *, rank: int, alpha: float, dropout: float = 0.0, target_modules: list[str] | None = None
+) -> Any:
+    """A PeftModel around a retrofitted model: weights are frozen; adapters, gates and convolutions learn.
+
+    Args:
+        model: an `infini_*` language model; its `name_or_path` is its base's.
+        rank: of the two matrices beside each weight.
+        alpha: what they add is multiplied by alpha / rank.
+        dropout: of what goes into them.
+        target_modules: names of linear layers, such as q_proj; default all but the output's.
+
+    Raises:
+        ValueError: peft is not installed, or no layer has such a name.
+    """
+    _require_peft()
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules or "all-linear",
+        modules_to_save=_own_modules(model),
+    )
+    return _by_itself(get_peft_model(model, config))
+
+
+def load_adapter(folder: Path, load_base: Callable[[str], Any]) -> Any:
+    """The PeftModel of a folder, its adapter and gates ready to be trained on.
+
+    Args:
+        folder: of which `is_adapter` is true.
+        load_base: from the base's name to the base, in fp32.
+
+    Raises:
+        ValueError: peft is not installed, or the base's weights do not fit the adapter.
+    """
+    _require_peft()
+    from peft import PeftConfig, PeftModel
+
+    name = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if name is None:
+        raise ValueError(f"{folder / PEFT_CONFIG} names no base; write it there as base_model_name_or_path")
+    model = load_base(name)
+    if not isinstance(model.config, InfiniConfigMixin):
+        model = with_memories(model, memory_settings(AutoConfig.from_pretrained(folder)))
+    return _by_itself(PeftModel.from_pretrained(model, folder, is_trainable=True))
+
+
+def merged(adapted: Any, dtype: torch.dtype | None) -> Any:
+    """The model of a PeftModel with its adapter in its weights, as if it had been trained whole.
+
+    `dtype` is by default the one that its config names.
+    """
+    model = adapted.merge_and_unload()
+    return model.to(model.config.dtype if dtype is None else dtype).eval()
+
+
+def save_config(adapted: Any, folder: Path) -> None:
+    """Put the config of the model with memories beside an adapter, so that it can be loaded again."""
+    adapted.get_base_model().config.save_pretrained(folder)
+
+
+def is_adapted(model: Any) -> bool:
+    """Whether it is a PeftModel."""
+    return hasattr(model, "get_base_model")
+
+
+def _own_modules(model: Any) -> list[str]:
+    return sorted(OWN & {name.rpartition(".")[2] for name, _ in model.named_modules()})
+
+
+def _by_itself(adapted: Any) -> Any:
+    """The same model; saved without a look at the Hub, where peft else compares vocabularies every time."""
+    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
+    return adapted
+
+
+def _require_peft() -> None:
+    if find_spec("peft") is None:
+        raise ValueError(
+            "adapters need the package peft; install it with: pip install 'infini-attention[train]'"
+        )
