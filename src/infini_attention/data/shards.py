@@ -35,6 +35,9 @@ def tokenized(
     time; what a killed process leaves is called `.unfinished-`. However large the corpus, building holds a
     few rows of text and some `BATCH_TOKENS` tokens, or one document's, at 2 or 4 bytes each.
 
+    A source that is the folder of a store itself is taken as it is, so that one machine can tokenise and
+    another train.
+
     Args:
         documents: which ones; those without text are skipped and counted in `TokenStore.info`.
         tokenizer: a fast one; no special tokens are added.
@@ -42,11 +45,14 @@ def tokenized(
         end_of_document: an id that ends every document; None for nothing.
 
     Raises:
-        ValueError: there is no text at all, the tokenizer is slow, or what `open_documents` raises.
+        ValueError: there is no text at all, the tokenizer is slow, the source is a store of another tokenizer
+            or ending, or what `open_documents` raises.
     """
     if end_of_document is not None and end_of_document < 0:
         raise ValueError(f"end_of_document is {end_of_document}; give an id of the model's vocabulary")
     require_fast(tokenizer)
+    if (Path(documents.source) / INFO).is_file():
+        return _ready_made(documents, tokenizer, end_of_document)
     documents = pinned(documents)
     ingredients = {
         "format": FORMAT,
@@ -116,6 +122,26 @@ class TokenStore:
 
     def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path]]:
         return TokenStore, (self.folder,)
+
+
+def _ready_made(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, end_of_document: int | None
+) -> TokenStore:
+    """The store that is the source; ValueError where it is not what was asked for."""
+    if documents != Documents(documents.source):
+        raise ValueError(
+            f"{documents.source} holds tokens, of which all are taken; leave all settings of documents out "
+            "but source"
+        )
+    store = TokenStore(Path(documents.source))
+    wanted = {"tokenizer": _tokenizer_digest(tokenizer), "end_of_document": end_of_document, "format": FORMAT}
+    made_from = store.info["made_from"]
+    if wrong := [name for name, value in wanted.items() if made_from[name] != value]:
+        raise ValueError(
+            f"{documents.source} holds tokens made with another {' and '.join(wrong)}; make them anew from "
+            "the documents"
+        )
+    return store
 
 
 def _build(
