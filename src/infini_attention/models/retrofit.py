@@ -7,9 +7,10 @@ import torch
 from transformers import PreTrainedModel
 
 from infini_attention.layers import MemoryGate, ShortConvolution
-from infini_attention.models.config import InfiniConfigMixin
 from infini_attention.models.families import FAMILIES
-from infini_attention.models.loading import load_model
+from infini_attention.models.sharing import load_base, share_weights
+
+OWN = "memory_gate.logits", "short_convolution.weight"  # how names of parameters end that no base has
 
 
 def retrofit(
@@ -52,11 +53,7 @@ def retrofit(
         ValueError: a family that is not supported, a model that has memories already or is quantized, or a
             setting that cannot be right.
     """
-    base = model_or_path
-    if not isinstance(base, PreTrainedModel):
-        base = load_model(base, dtype=dtype)
-    _check_base(base)
-    model_class = FAMILIES[type(base)]
+    base = load_base(model_or_path, FAMILIES, dtype=dtype)
     settings = {
         "segment_length": segment_length,
         "update_rule": update_rule,
@@ -67,55 +64,13 @@ def retrofit(
         "infini_layers": layers,
         "gate_init": gate_init,
     }
-    config = _config(base, model_class, settings)
-    with torch.device("meta"):
-        model = model_class(config)
-    _share_weights(base, model, dtype)
-    model.generation_config = base.generation_config
+    model = share_weights(base, FAMILIES[type(base)], settings, dtype=dtype, own=OWN)
+    _add_memories(model)
     return model.train(base.training)
 
 
-def _check_base(base: PreTrainedModel) -> None:
-    if isinstance(base.config, InfiniConfigMixin):
-        raise ValueError(
-            f"{type(base).__name__} has memories already; load it with AutoModelForCausalLM.from_pretrained, "
-            "or retrofit the base model that it came from"
-        )
-    if type(base) not in FAMILIES:
-        supported = ", ".join(family.__name__ for family in FAMILIES)
-        raise ValueError(f"{type(base).__name__} is not supported; give one of {supported}")
-    if getattr(base, "hf_quantizer", None) is not None:
-        raise ValueError(
-            f"{type(base).__name__} has quantized weights, which cannot be shared; "
-            "load it without quantization, in bfloat16"
-        )
-
-
-def _config(base: PreTrainedModel, model_class: type[Any], settings: dict[str, Any]) -> Any:
-    """The base's config with `settings`, as the family's infini config."""
-    fields = base.config.to_dict()
-    del fields["model_type"]
-    fields |= {**settings, "architectures": [model_class.__name__]}
-    config = model_class.config_class.from_dict(fields)
-    if base.config._attn_implementation == "eager":  # else the default: other kinds know no memory
-        config._attn_implementation = "eager"
-    return config
-
-
-def _share_weights(base: PreTrainedModel, model: Any, dtype: torch.dtype | None) -> None:
-    """Fill `model`, which is on the meta device, with the base's tensors and what it has beside them."""
-    weights = {
-        name: tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
-        for name, tensor in base.state_dict().items()
-    }
-    lacking = model.load_state_dict(weights, assign=True, strict=False)
-    own = "memory_gate.logits", "short_convolution.weight"
-    strangers = [name for name in lacking.missing_keys if not name.endswith(own)]
-    assert not strangers and not lacking.unexpected_keys, (strangers, lacking.unexpected_keys)
-    for name, buffer in base.named_buffers():
-        if name not in weights:  # rotary frequencies and the like, which no checkpoint holds
-            module, _, attribute = name.rpartition(".")
-            model.get_submodule(module).register_buffer(attribute, buffer.clone(), persistent=False)
+def _add_memories(model: Any) -> None:
+    """Give every layer with a memory its gate, and its short convolution where there is one."""
     for layer in model.config.infini_layers:
         attention = model.model.layers[layer].self_attn
         gate = MemoryGate(model.config.num_attention_heads, init=model.config.gate_init)
@@ -124,4 +79,3 @@ def _share_weights(base: PreTrainedModel, model: Any, dtype: torch.dtype | None)
         if model.config.short_convolution:
             convolution = ShortConvolution(*attention.short_convolution.weight.shape).become_identity()
             attention.short_convolution = convolution.to(like.device, like.dtype)
-    model.tie_weights()
