@@ -44,6 +44,20 @@ class Reader:
 
 
 @dataclass
+class Window:
+    """What a model without memories is given in place of one.
+
+    Args:
+        window: Read through a sliding window of so many tokens, untrained, in place of a retrofit. Tables
+            then call so many a segment, unless segment_length says otherwise.
+        sinks: How many of the window are the text's first tokens, attention sinks, such as 4; by default 0.
+    """
+
+    window: int | None = None
+    sinks: int | None = None
+
+
+@dataclass
 class Generation:
     """How tokens are chosen; what is left out comes from the model.
 
@@ -73,7 +87,7 @@ class Generation:
 
 
 OURS = Reader(model="passkey")  # the model that was trained here
-GROUPS = (Reader, Generation)  # dataclasses whose fields are options by their own names
+GROUPS = (Reader, Window, Generation)  # dataclasses whose fields are options by their own names
 WIDE = 240  # characters of a table where there is no terminal to fit
 
 
@@ -273,6 +287,7 @@ def perplexity(
     chunk_tokens: int | None = None,
     output: Path | None = None,
     reader: Reader,
+    sliding: Window,
     json: bool = False,
 ) -> None:
     """Stream whole documents through any system: token, word and byte perplexity by position.
@@ -299,7 +314,7 @@ def perplexity(
     chosen = evaluation_documents(
         documents, split, data_files=data_files, column=column, max_documents=max_documents
     )
-    model, tokenizer = _loaded(reader)
+    model, tokenizer = _loaded(reader, sliding)
     report = document_perplexity(
         model,
         tokenizer,
@@ -578,15 +593,15 @@ def _loader(reader: Reader) -> Callable[[Path | None], Any]:
     return load
 
 
-def _loaded(reader: Reader) -> tuple[Any, Any]:
-    """The model and its tokenizer."""
+def _loaded(reader: Reader, sliding: Window | None = None) -> tuple[Any, Any]:
+    """The model and its tokenizer; `sliding` where the command can do without a memory."""
     from transformers.utils import logging
 
     from infini_attention.baselines.loading import load_system
     from infini_attention.models import load_tokenizer
 
     logging.disable_progress_bar()
-    settings = {name: getattr(reader, name) for name in RETROFIT}
+    settings = {name: getattr(reader, name) for name in RETROFIT} | vars(sliding or Window())
     dtype = reader.dtype
     if dtype == "auto":  # fixed by the device alone, since a state belongs to one dtype
         dtype = "bfloat16" if choose_device(reader.device).type == "cuda" else "float32"

@@ -22,7 +22,11 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-OWN = {"memorizing": {"memory_size": 20, "neighbors": 3}, "recurrent_memory": {"memory_tokens": 3}}
+OWN = {
+    "memorizing": {"memory_size": 20, "neighbors": 3},
+    "recurrent_memory": {"memory_tokens": 3},
+    "sliding_window": {"window": 11, "sinks": 2},
+}
 
 
 def make_baseline(name: str, **overrides: Any) -> Any:

@@ -84,7 +84,7 @@ def test_no_token_sees_a_later_one(model: Any) -> None:
     torch.testing.assert_close(model(changed).logits[:, :20], model(tokens).logits[:, :20], **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["full", "transformer_xl", "memorizing"])
+@pytest.mark.parametrize("name", ["full", "sliding_window", "transformer_xl", "memorizing"])
 @torch.no_grad()
 def test_the_first_segment_is_plain_causal_attention(name: str) -> None:
     model, tokens = make_baseline(name), make_tokens(2, SEGMENT)
@@ -258,6 +258,10 @@ def test_what_it_cannot_do_is_refused_in_words(segmented: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "field", "value", "words"),
     [
+        ("sliding_window", "window", 0, "window is 0; give a whole number of at least 1"),
+        ("sliding_window", "sinks", -1, "sinks is -1, and window 11; give from 0 to 10 sinks"),
+        ("sliding_window", "sinks", 11, "sinks is 11, and window 11; give from 0 to 10 sinks"),
+        ("sliding_window", "window", 4096, "window is 4096, more than .* max_position_embeddings, 2048"),
         ("transformer_xl", "segment_length", 0, "segment_length is 0; give a whole number of at least 1"),
         ("memorizing", "memory_size", 0, "memory_size is 0"),
         ("memorizing", "neighbors", -1, "neighbors is -1"),

@@ -79,7 +79,7 @@ def test_sizes_are_those_of_the_caches(name: str, length: int) -> None:
     model = make_baseline(name)
     cache = model(make_tokens(1, length), use_cache=True)[CACHE_ARGUMENT]
     per_token = 2 * SIZES["num_key_value_heads"] * SIZES["head_dim"] * SIZES["num_hidden_layers"]
-    open_tokens = 0 if name == "full" else length % SEGMENT
+    open_tokens = 0 if name in ("full", "sliding_window") else length % SEGMENT
     held = cache.nbytes // 4 - per_token * open_tokens
     if name == "recurrent_memory":
         vectors = model.config.memory_tokens * SIZES["hidden_size"]
@@ -107,7 +107,7 @@ def test_other_configs_are_refused() -> None:
         memory_floats(LlamaConfig(), 8)
 
 
-@pytest.mark.parametrize("name", ["full", "transformer_xl", "memorizing", "recurrent_memory"])
+@pytest.mark.parametrize("name", BASELINES)
 def test_keys_that_a_token_sees_are_counted(name: str) -> None:
     model, length = make_baseline(name), 45
     for layer in range(3):
@@ -117,6 +117,7 @@ def test_keys_that_a_token_sees_are_counted(name: str) -> None:
             stored = min(start, 20) if layer == 1 else 0
             seen += {
                 "full": token + 0.5,
+                "sliding_window": min(token, 10) + 0.5,
                 "transformer_xl": token - start + 0.5 + (SEGMENT if start else 0),
                 "recurrent_memory": token - start + 0.5 + 3,
                 "memorizing": token - start + 0.5 + (SEGMENT if start else 0) + stored / 2 + min(stored, 3),

@@ -54,6 +54,7 @@ def loss_of(model: Any, batch: Batch) -> Tensor:
     ("name", "segments_back", "steps", "own"),
     [
         ("full", 2, 50, {}),
+        ("sliding_window", 1, 50, {"window": 2 * KEYS}),
         ("transformer_xl", 1, 50, {}),
         ("recurrent_memory", 1, 90, {"memory_tokens": KEYS}),
     ],

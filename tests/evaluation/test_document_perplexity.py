@@ -33,7 +33,11 @@ from infini_attention.models.memory_off import SHUT
 from .conftest import SIZES
 
 SEGMENT = 16
-OWN = {"memorizing": {"memory_size": 20, "neighbors": 3}, "recurrent_memory": {"memory_tokens": 3}}
+OWN = {
+    "memorizing": {"memory_size": 20, "neighbors": 3},
+    "recurrent_memory": {"memory_tokens": 3},
+    "sliding_window": {"window": 11, "sinks": 2},
+}
 TEXTS = {
     "a": "A rose by any other name would smell as sweet. " * 2,
     "b": "So it would, naïve or not.",
@@ -260,3 +264,57 @@ def test_the_command_reads_a_folder_of_any_system_and_finds_its_training(
         with pytest.raises(SystemExit):
             main(["perplexity", source, *model, "--update_rule", "delta"])
         assert "is a baseline; update_rule can be set only when retrofitting" in capsys.readouterr().err
+
+
+def test_the_command_reads_with_a_window_in_place_of_a_memory(
+    source: str, base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["perplexity", source, "--model", str(base_folder), "--device", "cpu", "--json"]
+    systems = {
+        "--window 999": ("sliding window of 999", 999),
+        "--window 16": ("sliding window of 16", 16),
+        "--window 16 --sinks 4 --segment_length 8": ("attention sinks, 4 of 16", 8),
+    }
+    perplexities = set()
+    for options, expected in systems.items():
+        main([*command, *options.split()])
+        content = json.loads(capsys.readouterr().out)
+        setting = content["setting"]
+        assert (setting["system"], setting["segment_length"]) == expected
+        assert setting["model_type"] == "sliding_window_llama" and not setting["memory_off"]
+        perplexities.add(content["figures"]["on"]["token_perplexity"]["value"])
+    assert len(perplexities) == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("base", "--sinks 4", "sinks is 4, and there is no window; set window, too"),
+        (
+            "base",
+            "--window 8 --gate_init 0 --update_rule delta",
+            "window is 8, and update_rule, gate_init can be set only where there is a memory; leave out",
+        ),
+        ("base", "--window 8 --sinks 8", "sinks is 8, and window 8; give from 0 to 7 sinks"),
+        ("base", "--window 2049", "window is 2049, more than the model's max_position_embeddings, 2048"),
+        ("infini", "--window 8", "has memories already; window can be set only for one without"),
+        ("transformer_xl", "--window 8", "is a baseline; window can be set only when retrofitting"),
+        ("sliding_window", "--sinks 4", "is a baseline; sinks can be set only when retrofitting"),
+    ],
+)
+def test_a_window_that_contradicts_is_refused(
+    source: str,
+    base_folder: Path,
+    kind: str,
+    options: str,
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if kind != "base":
+        make(kind).save_pretrained(tmp_path)
+    folder = base_folder if kind == "base" else tmp_path
+    with pytest.raises(SystemExit) as ended:
+        main(["perplexity", source, "--model", str(folder), "--device", "cpu", *options.split()])
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err

@@ -89,12 +89,14 @@ def test_dtype_converts_everything_but_the_gates(make_base):
 
 
 @torch.no_grad()
-def test_the_generation_config_and_the_mode_are_carried_over(make_base):
+def test_the_generation_config_the_mode_and_the_name_are_carried_over(make_base):
     base = make_base(LlamaForCausalLM).train()
     base.generation_config.temperature = 0.123
+    base.name_or_path = "smollm2"
     model = retrofit(base, segment_length=8)
     assert model.training
     assert model.generation_config.temperature == 0.123
+    assert model.name_or_path == "smollm2"
 
 
 @pytest.mark.parametrize("update_rule", ["linear", "delta"])

@@ -24,7 +24,11 @@ SIZES = {
     "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
 }
-OWN = {"recurrent_memory": {"memory_tokens": 3}, "memorizing": {"memory_size": 20, "neighbors": 3}}
+OWN = {
+    "memorizing": {"memory_size": 20, "neighbors": 3},
+    "recurrent_memory": {"memory_tokens": 3},
+    "sliding_window": {"window": 6, "sinks": 2},
+}
 MATRICES = 6 * (LAYERS * (4 * 32 * 32 + 3 * 32 * 48) + 64 * 32)
 
 
@@ -108,6 +112,7 @@ def test_operations_are_those_counted_by_hand() -> None:
     unit = 3 * HEADS * 4 * WIDTH
     keys = {
         "full": LAYERS * 12,
+        "sliding_window": LAYERS * (6 * 3 + 18 * 5.5) / 24,
         "transformer_xl": LAYERS * (4 + (0 + 8 + 8) / 3),
         "recurrent_memory": LAYERS * (4 + 3),
         # One layer also finds three pairs, and compares queries with 8 and 16 keys without their values.

@@ -77,6 +77,7 @@ def test_every_recipe_reads_and_comes_back_from_its_own_text(path: Path, tmp_pat
 def test_recipes_of_language_models_are_for_every_system(name: str, baseline: str | None) -> None:
     path = next(path for path in RECIPES if path.stem == name)
     chosen = [] if baseline is None else [f"--model.baseline={baseline}"]
+    chosen += ["--model.sizes.window=512"] * (baseline == "sliding_window")
     chosen += ["--model.sizes.memory_tokens=50"] * (baseline == "recurrent_memory")
     chosen += ["--training.checkpoint_segments=null"] * (baseline == "full")
     recipe = read_recipe(path, chosen).recipe
@@ -85,6 +86,8 @@ def test_recipes_of_language_models_are_for_every_system(name: str, baseline: st
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert {"lm-small": 26 < millions < 28, "lm-paper": 234 < millions < 236}[name]
     assert recipe.data.length % model.config.segment_length == 0
+    if baseline == "sliding_window":
+        assert (model.config.window, model.config.sinks) == (512, 0)
     if baseline == "recurrent_memory":
         assert model.config.memory_tokens == 50
 
@@ -162,7 +165,7 @@ def test_a_baseline_has_sizes_of_its_own(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"memory_size, which are no sizes of TransformerXLLlamaConfig"):
         make_model(recipe, 64)
     recipe.baseline = "memorising"
-    with pytest.raises(ValueError, match=r"model.baseline is 'memorising'; choose one of 'full', 'transf"):
+    with pytest.raises(ValueError, match=r"model.baseline is 'memorising'; choose one of 'full', 'sliding_"):
         make_model(recipe, 64)
     recipe.baseline, recipe.family, recipe.sizes = "full", "qwen3", SIZES
     with pytest.raises(ValueError, match=r"model.family is 'qwen3', and model.baseline 'full'; .* of llama"):
@@ -378,6 +381,7 @@ def test_every_way_to_train_ends_with_figures(tmp_path: Path, changes: dict[str,
     ("baseline", "changes"),
     [
         ("full", {"training": {"gradient_checkpointing": True}}),
+        ("sliding_window", {"training": {"checkpoint_segments": 2, "optim": "adafactor"}}),
         ("transformer_xl", {"training": {"least_segments": 2, "curriculum_steps": 3}}),
         ("memorizing", {"training": {"checkpoint_segments": 1, "gradient_accumulation_steps": 2}}),
         ("recurrent_memory", {"training": {"detach_every": 2, "optim": "adafactor"}}),
@@ -386,8 +390,8 @@ def test_every_way_to_train_ends_with_figures(tmp_path: Path, changes: dict[str,
 def test_every_baseline_trains_and_loads_again(
     tmp_path: Path, baseline: str, changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = {"memory_tokens": 4} if baseline == "recurrent_memory" else {}
-    model = {"baseline": baseline, "sizes": SIZES | own}
+    own = {"recurrent_memory": {"memory_tokens": 4}, "sliding_window": {"window": 24, "sinks": 3}}
+    model = {"baseline": baseline, "sizes": SIZES | own.get(baseline, {})}
     path = write(tmp_path, model=model, **changes)
     main(["train", str(path), "--dry-run", "--json"])
     needs = json.loads(capsys.readouterr().out)

@@ -5,6 +5,7 @@ Local attention alone is no class of its own: it is an `infini_*` model whose ga
 """
 
 from infini_attention.baselines.families import BASELINES
+from infini_attention.baselines.loading import with_window
 from infini_attention.baselines.memory_size import compression, memory_floats
 
-__all__ = ["BASELINES", "compression", "memory_floats"]
+__all__ = ["BASELINES", "compression", "memory_floats", "with_window"]

@@ -54,9 +54,17 @@ class SegmentAttentionMixin(FamilyAttentionMixin):
         """All heads' outputs, (batch, heads, new, head_dim), for a `query` of that shape, not rotated."""
         keys = continued(state.cached_key, state.key)
         values = continued(state.cached_value, state.value)
+        return self.weigh(*self.rotated(query, keys, rotation), values, mask)
+
+    def rotated(self, query: Tensor, keys: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Query and keys with their positions, of which the query's are the last."""
         cos, sin = (x[:, -query.shape[2] :] for x in rotation)
         query, _ = self._rotate(query, query[:, :0], (cos, sin))
         _, keys = self._rotate(keys[:, :0], keys, rotation)
+        return query, keys
+
+    def weigh(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """The mean of `values` by the softmax of scores, each query seeing what `mask` allows."""
         group = query.shape[1] // keys.shape[1]
         if mask is not None and group > 1:  # kernels for groups take no mask: all scores would exist at once
             keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))

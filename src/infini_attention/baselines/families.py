@@ -19,6 +19,11 @@ from infini_attention.baselines.memorizing import (
 )
 from infini_attention.baselines.modeling import SegmentForCausalLMMixin, SegmentModelMixin
 from infini_attention.baselines.recurrent_memory import RecurrentMemoryConfigMixin, RecurrentMemoryModelMixin
+from infini_attention.baselines.sliding_window import (
+    SlidingWindowAttentionMixin,
+    SlidingWindowConfigMixin,
+    SlidingWindowModelMixin,
+)
 from infini_attention.baselines.transformer_xl import TransformerXLAttentionMixin, TransformerXLConfigMixin
 from infini_attention.models.modeling import InfiniForCausalLMMixin
 
@@ -41,6 +46,33 @@ class FullAttentionLlamaForCausalLM(InfiniForCausalLMMixin, llama.LlamaForCausal
 
     config_class = FullAttentionLlamaConfig
     model_class = FullAttentionLlamaModel
+
+
+@strict
+class SlidingWindowLlamaConfig(SlidingWindowConfigMixin, llama.LlamaConfig):
+    """Llama with a sliding window: `LlamaConfig` and the fields of `SlidingWindowConfigMixin`."""
+
+    model_type = "sliding_window_llama"
+
+
+class SlidingWindowLlamaAttention(SlidingWindowAttentionMixin, llama.LlamaAttention):
+    """Llama's attention over the latest tokens and, where there are any, sinks."""
+
+    apply_rotary = staticmethod(llama.apply_rotary_pos_emb)
+
+
+class SlidingWindowLlamaModel(SlidingWindowModelMixin, llama.LlamaModel):
+    """Llama's decoder with a sliding window."""
+
+    config_class = SlidingWindowLlamaConfig
+    attention_class = SlidingWindowLlamaAttention
+
+
+class SlidingWindowLlamaForCausalLM(SegmentForCausalLMMixin, llama.LlamaForCausalLM):
+    """Llama's language model with a sliding window."""
+
+    config_class = SlidingWindowLlamaConfig
+    model_class = SlidingWindowLlamaModel
 
 
 @strict
@@ -127,6 +159,7 @@ class RecurrentMemoryLlamaForCausalLM(SegmentForCausalLMMixin, llama.LlamaForCau
 
 BASELINES: dict[str, dict[type, type[Any]]] = {
     "full": {llama.LlamaForCausalLM: FullAttentionLlamaForCausalLM},
+    "sliding_window": {llama.LlamaForCausalLM: SlidingWindowLlamaForCausalLM},
     "transformer_xl": {llama.LlamaForCausalLM: TransformerXLLlamaForCausalLM},
     "memorizing": {llama.LlamaForCausalLM: MemorizingLlamaForCausalLM},
     "recurrent_memory": {llama.LlamaForCausalLM: RecurrentMemoryLlamaForCausalLM},

@@ -1,5 +1,6 @@
 """What a family's decoder and language model gain as a baseline: texts go through them by segments."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -91,13 +92,16 @@ class SegmentModelMixin(InfiniPreTrainedMixin, nn.Module):
                 **kwargs,
             )
         cache = self.cache_class(self.config) if cache is None else cache
-        size, used = self.config.segment_length, cache.get_seq_length() % self.config.segment_length
-        pieces = segment_runs(inputs.shape[1], 1, size, used)
+        pieces = self.pieces(inputs.shape[1], cache.get_seq_length())
         hidden = [self.read(inputs[:, piece], cache, **kwargs) for piece in pieces]
         if use_cache is None:
             use_cache = self.config.use_cache
         kept: dict[str, Any] = {CACHE_ARGUMENT: cache if use_cache else None}
         return BaseModelOutputWithPast(last_hidden_state=torch.cat(hidden, dim=1), **kept)
+
+    def pieces(self, length: int, seen: int) -> Iterator[slice]:
+        """Of `length` tokens after `seen` ones those that go through all layers at once: a segment's."""
+        return segment_runs(length, 1, self.config.segment_length, seen % self.config.segment_length)
 
     def read(self, inputs: Tensor, cache: SegmentCache, **kwargs: Any) -> Tensor:
         """Last hidden states of ids, or embeddings, that fall into one segment; the cache moves on."""

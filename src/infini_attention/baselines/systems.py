@@ -5,6 +5,7 @@ from typing import Any
 from infini_attention.baselines.full_attention import FullAttentionConfigMixin
 from infini_attention.baselines.memorizing import MemorizingConfigMixin
 from infini_attention.baselines.recurrent_memory import RecurrentMemoryConfigMixin
+from infini_attention.baselines.sliding_window import SlidingWindowConfigMixin
 from infini_attention.baselines.transformer_xl import TransformerXLConfigMixin
 from infini_attention.layers import MemoryGate
 from infini_attention.models.config import InfiniConfigMixin
@@ -27,6 +28,10 @@ def system_name(model: Any) -> str:
         return "Memorizing Transformer"
     if isinstance(config, RecurrentMemoryConfigMixin):
         return f"RMT, {config.memory_tokens} tokens"
+    if isinstance(config, SlidingWindowConfigMixin):
+        if config.sinks:
+            return f"attention sinks, {config.sinks} of {config.window:,}"
+        return f"sliding window of {config.window:,}"
     if isinstance(config, TransformerXLConfigMixin):
         return "Transformer-XL"
     raise ValueError(

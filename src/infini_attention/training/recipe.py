@@ -37,9 +37,9 @@ class ModelRecipe:
             memories or is an adapter. None for fresh weights.
         lora: Train an adapter of the base, which stays as it is; the output is then an adapter.
         family: Of fresh weights: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3, smollm3 or granite.
-        baseline: Another system on the same skeleton, with fresh weights: full, transformer_xl, memorizing or
-            recurrent_memory. None for Infini-attention.
-        sizes: Fields of the family's config, for fresh weights, and of the baseline's, such as memory_tokens;
+        baseline: Another system on the same skeleton, with fresh weights: full, sliding_window,
+            transformer_xl, memorizing or recurrent_memory. None for Infini-attention.
+        sizes: Fields of the family's config, for fresh weights, and of the baseline's, such as window;
             the vocabulary's size comes from the data.
         segment_length: Tokens a segment.
         update_rule: linear or delta.
