@@ -13,7 +13,9 @@ import torch
 import yaml
 from rich.console import Console
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
+from infini_attention.baselines import BASELINES
 from infini_attention.cli import main
 from infini_attention.data.passkey import PasskeyPrompts, Prompt
 from infini_attention.data.texts import Text
@@ -267,6 +269,14 @@ def test_mistakes_are_named_before_anything_is_read(settings: dict[str, Any], wo
     with pytest.raises(ValueError, match=re.escape(words)):
         ask(model, **settings)
     assert not model.read
+
+
+def test_a_model_without_memories_is_refused() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    family = BASELINES["sliding_window"][LlamaForCausalLM]
+    model = family(family.config_class(vocab_size=256, **sizes)).eval()
+    with pytest.raises(ValueError, match="is of type sliding_window_llama, which has no memory to reset"):
+        passkey(model, BYTES)
 
 
 def test_a_model_in_training_mode_is_refused(untrained: Any) -> None:

@@ -21,6 +21,7 @@ from infini_attention.evaluation.progress import ReadingProgress
 from infini_attention.evaluation.result_files import check_same_setting, fingerprint, write_whole
 from infini_attention.models import InfiniCache
 from infini_attention.models.compat import CACHE_ARGUMENT
+from infini_attention.models.config import InfiniConfigMixin
 from infini_attention.ops import MemoryState
 from infini_attention.provenance import Provenance, provenance
 
@@ -186,7 +187,7 @@ def passkey(
 
     Raises:
         ValueError: a setting that cannot be right, lengths without room for the keys, a model in training
-            mode, or an output that holds something else.
+            mode or without memories, or an output that holds something else.
     """
     _check(model, lengths, depths, samples, batch_rows, chunk_tokens)
     ids = None if prose is None else tokens_of(prose, tokenizer)
@@ -264,6 +265,11 @@ def _check(
     batch_rows: int,
     chunk_tokens: int | None,
 ) -> None:
+    if not isinstance(model.config, InfiniConfigMixin):
+        raise ValueError(
+            f"{model.name_or_path} is of type {model.config.model_type}, which has no memory to reset; give "
+            "a model with memories"
+        )
     if model.training:
         raise ValueError("the model is in training mode, where dropout changes answers; call model.eval()")
     for name, values in (("lengths", lengths), ("depths", depths)):
