@@ -340,8 +340,8 @@ def summaries(
     """Have long documents summarised in answer to queries: ROUGE by length, beside a window of each document.
 
     Args:
-        documents: A file, a pattern, or a corpus such as booksum, whose rows have text, queries and summaries;
-            what data.summaries.documents.source is in a recipe.
+        documents: A file, a pattern, or a corpus such as booksum, whose rows have text, queries and
+            summaries; what data.summaries.documents.source is in a recipe.
         split: Of a corpus; by default test.
         max_documents: How many are read at most.
         data_files: Local files to be read in a corpus's place.

@@ -1,4 +1,4 @@
-"""`infini summaries`: whole documents are read as streams, and what a model says of them is scored with ROUGE.
+"""`infini summaries`: documents of any length are read as streams, summarised, and scored with ROUGE.
 
 Each document is read once, however long it is; every query goes on from the same state. Beside it, as a
 control, stands what the same model says who has seen no more than a window of the document (section 4.3 and
@@ -395,9 +395,8 @@ class _Writer:
         cache.batch_repeat_interleave(len(queries))
         questions = [question_ids(self._tokenizer, query) for query in queries]
         choose = _chooser(self._decoding, number, len(queries))
-        return self._tokenizer.batch_decode(
-            self._generated(cache, questions, choose), skip_special_tokens=True
-        )
+        said = self._generated(cache, questions, choose)
+        return [text.strip() for text in self._tokenizer.batch_decode(said, skip_special_tokens=True)]
 
     def _generated(
         self, cache: InfiniCache, questions: list[list[int]], choose: Callable[[Tensor], Tensor]

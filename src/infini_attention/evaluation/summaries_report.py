@@ -18,10 +18,8 @@ def tables(report: SummariesReport) -> list[Table]:
 
 def _summary(report: SummariesReport) -> Table:
     scores = report.scores()
-    title = (
-        f"summaries of {report.setting.documents}: {scores.documents:,} documents, {scores.queries:,} queries"
-    )
-    table = _table(title, "", ["F1, %", *NAMES.values()])
+    title = f"summaries of {report.setting.documents}: {scores.documents:,} documents"
+    table = _table(f"{title}, {scores.queries:,} queries", "", ["F1, %", *NAMES.values()])
     for name, row in (
         ("whole document", scores.summary),
         (f"{_window(report)} only", scores.windowed),
@@ -49,8 +47,8 @@ def _overall(scores: Scores) -> Iterator[str]:
 
 def _remarks(report: SummariesReport) -> Iterator[str]:
     setting, decoding = report.setting, report.setting.decoding
-    yield "In brackets: 95 % bootstrap intervals over documents; differences are paired. ROUGE of rouge-score, no"
-    yield "stemmer; sentences of Lsum end with . ! or ? The mean of ROUGE-1, 2 and L is geometric."
+    yield "In brackets: 95 % bootstrap intervals over documents; differences are paired."
+    yield "ROUGE is rouge-score's, without a stemmer; the mean is geometric, of ROUGE-1, 2 and L."
     drawn = f"temperature {decoding.temperature}, top-p {decoding.top_p}, seed {decoding.seed}"
     said = "greedy" if decoding.greedy else drawn
     yield f"{said}; at most {decoding.max_new_tokens:,} tokens; {report.seconds:,.1f} s"
