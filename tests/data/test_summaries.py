@@ -121,7 +121,7 @@ def test_of_a_longer_document_the_middle_is_left_out(
     whole, cut = task(tmp_path), task(tmp_path, max_tokens=5 * SEGMENT)
     assert cut.cut == 3
     item, text = cut[2], MEETINGS["text"][2]
-    assert len(item["input_ids"]) == 5 * SEGMENT
+    assert len(item["input_ids"]) == 5 * SEGMENT and item["shift_labels"][-1] == 256  # full, up to its end
     assert item["shift_labels"][item["shift_labels"] != -100].tolist() == (
         whole[2]["shift_labels"][whole[2]["shift_labels"] != -100].tolist()
     )

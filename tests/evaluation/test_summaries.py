@@ -1,3 +1,4 @@
+import inspect
 import json
 import math
 import re
@@ -10,9 +11,10 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from infini_attention import cli
 from infini_attention.cli import main
 from infini_attention.data.documents import Documents
-from infini_attention.data.summaries import with_end
+from infini_attention.data.summaries import GENERAL, with_end
 from infini_attention.data.tokenizers import byte_tokenizer
 from infini_attention.evaluation import summaries as module
 from infini_attention.evaluation.summaries import (
@@ -34,7 +36,7 @@ from .conftest import SIZES
 
 pytest.importorskip("rouge_score", reason="needs rouge-score: pip install 'infini-attention[eval]'")
 
-SEGMENT, MOST = 16, 24
+SEGMENT, MOST = 16, 16
 TALKS = [
     {
         "text": "Ann: We ship in May, whatever comes. Bob: That is too late, I am afraid. " * 2,
@@ -128,6 +130,8 @@ def test_draws_of_a_query_are_its_own(run: Run, tmp_path: Path) -> None:
     twice = TALKS[0] | {"queries": ["When?", "When?"], "summaries": ["In May.", "In May."]}
     ((one, other),) = texts(run(write(tmp_path / "two.jsonl", [twice]), decoding=DRAWN))
     assert one != other
+    ((one,), (other,)) = texts(run(write(tmp_path / "same.jsonl", [alone, alone]), decoding=DRAWN))
+    assert one != other
 
 
 def test_a_narrow_draw_is_the_likeliest(run: Run) -> None:
@@ -183,11 +187,7 @@ def test_scores_are_means_over_queries_with_paired_differences() -> None:
     assert scores.summary["overall"].value == pytest.approx((50 * 25 * 50) ** (1 / 3))
     assert scores.windowed["rougeLsum"].value == pytest.approx(10)
     paired = scores.difference["rouge1"]
-    assert (paired.low, paired.value, paired.high) == (
-        pytest.approx(10),
-        pytest.approx(10),
-        pytest.approx(10),
-    )
+    assert [paired.low, paired.value, paired.high] == pytest.approx([10, 10, 10])
     assert scores.summary["rouge1"].low == pytest.approx(40)  # twice the first document
     assert math.isnan(scores_of(documents[:1]).summary["rouge1"].low)
 
@@ -228,7 +228,9 @@ def test_other_settings_are_not_mixed_in(run: Run, tmp_path: Path) -> None:
     run(output=output)
     with pytest.raises(ValueError, match="holds other figures: window is 8 there and 4 here"):
         run(output=output, window=4)
-    with pytest.raises(ValueError, match="decoding is .*'greedy': True.* there and .*'greedy': False.* here"):
+    with pytest.raises(
+        ValueError, match=r"decoding is .*'greedy': True.* there and .*'greedy': False.* here"
+    ):
         run(output=output, decoding=DRAWN)
     output.write_text("{}")
     with pytest.raises(ValueError, match="was not written by infini summaries"):
@@ -303,6 +305,10 @@ def test_the_command_prints_scores_by_length(
     shown = re.sub(r" +", " ", capsys.readouterr().out)
     assert "3 documents, 5 queries" in shown and "first 12 tokens only" in shown
     assert "128 to 255 1 3 " in shown and "greedy; at most 8 tokens" in shown
+
+
+def test_the_command_asks_what_a_training_does() -> None:
+    assert inspect.signature(cli.summaries).parameters["query"].default == GENERAL
 
 
 def test_tables_show_intervals_and_signed_differences(run: Run) -> None:
