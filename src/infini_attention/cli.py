@@ -330,6 +330,79 @@ def perplexity(
     _print(report.to_json() if json else show.tables(report))
 
 
+def summaries(
+    documents: str,
+    *,
+    split: str | None = None,
+    max_documents: int | None = None,
+    data_files: list[str] | None = None,
+    column: str = "text",
+    query_column: str | None = None,
+    summary_column: str | None = None,
+    query: str = "Summarize the whole text.",
+    greedy: bool = False,
+    temperature: float = 0.5,
+    top_p: float = 0.95,
+    max_new_tokens: int = 1024,
+    seed: int = 0,
+    window: int | None = None,
+    window_at: Literal["start", "end"] = "end",
+    chunk_tokens: int | None = None,
+    output: Path | None = None,
+    reader: Reader,
+    json: bool = False,
+) -> None:
+    """Have long documents summarised in answer to queries: ROUGE by length, beside a window of each document.
+
+    Args:
+        documents: A file, a pattern, or a corpus such as booksum, whose rows have text, queries and
+            summaries; what data.summaries.documents.source is in a recipe.
+        split: Of a corpus; by default test.
+        max_documents: How many are read at most.
+        data_files: Local files to be read in a corpus's place.
+        column: That holds the text; of a corpus, by default its own.
+        query_column: Of the queries; by default queries where a row has a list of summaries, else none.
+        summary_column: Of the summaries; by default a corpus's own, else summaries.
+        query: What is asked where rows have one summary and no query.
+        greedy: Always take the likeliest token, instead of drawing.
+        temperature: Of the draw.
+        top_p: Draw from the likeliest that together have this probability.
+        max_new_tokens: Tokens of a summary at most.
+        seed: Of the draws.
+        window: Tokens of a document that the control sees; by default half a segment, which leaves the other
+            half to query and summary.
+        window_at: Whether those are at the start or the end of the document.
+        chunk_tokens: Tokens that go through the model at once; by default whole segments, as many as keep the
+            device busy. Changes speed and working memory.
+        output: A JSON file with all texts, written after every document; the same command goes on where it
+            was cut off.
+    """
+    from infini_attention.evaluation import summaries_report as show
+    from infini_attention.evaluation.document_perplexity import evaluation_documents
+    from infini_attention.evaluation.summaries import Decoding
+    from infini_attention.evaluation.summaries import summaries as measure
+
+    decoding = Decoding(greedy, temperature, top_p, max_new_tokens, seed)
+    chosen = evaluation_documents(
+        documents, split, data_files=data_files, column=column, max_documents=max_documents
+    )
+    model, tokenizer = _loaded(reader)
+    report = measure(
+        model,
+        tokenizer,
+        chosen,
+        query_column=query_column,
+        summary_column=summary_column,
+        query=query,
+        decoding=decoding,
+        window=window,
+        window_at=window_at,
+        chunk_tokens=chunk_tokens,
+        output=output,
+    )
+    _print(report.to_json() if json else show.tables(report))
+
+
 def table(
     kind: Literal["lm"],
     results: list[Path],
@@ -839,6 +912,7 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "tokenizer": tokenizer,
     "study": study,
     "perplexity": perplexity,
+    "summaries": summaries,
     "table": table,
     "bindings": bindings,
     "passkey": passkey,

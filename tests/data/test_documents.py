@@ -98,6 +98,22 @@ def test_files_of_c4s_form_are_read_in_its_place(tmp_path: Path) -> None:
     assert texts("c4", data_files=[f"{tmp_path}/c4-train.*.json.gz"]) == ["page 0", "page 1"]
 
 
+def test_csv_files_have_a_document_a_row(tmp_path: Path) -> None:
+    rows = [
+        f'{n},"Chapter {n}, in which\n""nothing"" happens."\n' for n in range(40)
+    ]  # more than are read at once
+    (tmp_path / "a.csv").write_text("number,text\n" + "".join(rows))
+    found = texts(f"{tmp_path}/a.csv")
+    assert found == [f'Chapter {n}, in which\n"nothing" happens.' for n in range(40)]
+
+
+def test_a_corpus_has_a_column_of_its_own_unless_another_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("chapter,summary_text\nAll of it.,Some of it.\n")
+    files = [f"{tmp_path}/a.csv"]
+    assert texts("booksum", data_files=files) == ["All of it."]
+    assert texts("booksum", data_files=files, column="summary_text") == ["Some of it."]
+
+
 @pytest.mark.parametrize(
     ("corpus", "split", "builder", "repository", "files"),
     [
@@ -110,6 +126,7 @@ def test_files_of_c4s_form_are_read_in_its_place(tmp_path: Path) -> None:
             "/dev/proofpile_dev.jsonl.gz",
         ),
         ("c4", "train", "text", "allenai/c4@1588ec45", "/en/c4-train.*.json.gz"),
+        ("booksum", "validation", "csv", "kmfoda/booksum@c6232103", "/dev.csv"),
     ],
 )
 def test_a_corpus_is_read_from_the_hub_at_one_commit(

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from infini_attention.evaluation.estimates import estimate, proportion, ratio
+from infini_attention.evaluation.estimates import estimate, figures_of_sums, proportion, ratio
 
 
 def test_the_interval_is_students() -> None:
@@ -60,6 +60,17 @@ def test_one_unit_has_no_interval_and_nothing_no_ratio() -> None:
     assert one.value == 3 and math.isnan(one.low) and math.isnan(one.high)
     assert math.isnan(ratio([0.0, 0.0], [0.0, 0.0]).value)
     assert ratio([2.0, 0.0], [1.0, 0.0]).value == 2  # a document too short to count anything
+
+
+def test_figures_of_the_same_draws_are_paired() -> None:
+    hard, noise = np.random.default_rng(2).standard_normal((2, 200))
+    units = np.stack([hard, hard + 0.1 + 0.01 * noise, np.ones(200)], axis=1)
+    mean, other, difference = figures_of_sums(
+        units, lambda sums: np.stack([sums[:, 0], sums[:, 1], sums[:, 1] - sums[:, 0]], axis=1) / sums[:, 2:]
+    )
+    assert mean == ratio(list(hard), [1.0] * 200)
+    assert other.value - mean.value == pytest.approx(difference.value)
+    assert mean.low < 0 < mean.high and 0.09 < difference.low < difference.high < 0.11
 
 
 @pytest.mark.parametrize(("above", "below"), [([], []), ([1.0], [1.0, 2.0])])

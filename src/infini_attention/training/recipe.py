@@ -8,6 +8,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from infini_attention.data.documents import Documents
+from infini_attention.data.summaries import GENERAL
 from infini_attention.training.arguments import InfiniTrainingArguments
 
 
@@ -122,8 +123,29 @@ class PasskeyRecipe:
 
 
 @dataclass
+class SummariesRecipe:
+    """Summaries of long documents, each in answer to a query. See `infini_attention.data.summaries`.
+
+    Attributes:
+        documents: To train on.
+        validation: Documents to measure the loss of their summaries on after training.
+        query_column: Of the queries; by default queries where a row has a list of summaries, else none.
+        summary_column: Of the summaries; by default a corpus' own, else summaries.
+        query: What is asked where rows have one summary and no query.
+        max_tokens: Of a row, whole segments; of a longer document the middle is left out.
+    """
+
+    documents: Documents
+    validation: Documents | None = None
+    query_column: str | None = None
+    summary_column: str | None = None
+    query: str = GENERAL
+    max_tokens: int = 32_768
+
+
+@dataclass
 class DataRecipe:
-    """What it is trained on: documents, the copy task, or pass keys.
+    """What it is trained on: documents, the copy task, pass keys, or summaries.
 
     Attributes:
         documents: To train on.
@@ -136,6 +158,7 @@ class DataRecipe:
         shards: Folder for tokens, which are made once.
         copy_task: Instead of documents.
         passkey: Instead of documents.
+        summaries: Instead of documents.
     """
 
     documents: Documents | None = None
@@ -147,6 +170,7 @@ class DataRecipe:
     shards: Path = Path("out/tokens")
     copy_task: CopyTaskRecipe | None = None
     passkey: PasskeyRecipe | None = None
+    summaries: SummariesRecipe | None = None
 
 
 @dataclass
@@ -159,8 +183,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         model, data = self.model, self.data
-        sources = {"documents": data.documents, "copy_task": data.copy_task, "passkey": data.passkey}
-        given = [name for name, source in sources.items() if source is not None]
+        sources = ("documents", "copy_task", "passkey", "summaries")
+        given = [name for name in sources if getattr(data, name) is not None]
         if len(given) != 1:
             raise ValueError(
                 f"data has {' and '.join(given) or 'no source'}; give one of {', '.join(sources)}"
@@ -183,6 +207,8 @@ class Recipe:
                 f"training.least_segments is {self.training.least_segments}, which would cut answers off; "
                 "set data.passkey.least_segments instead"
             )
+        if data.summaries is not None:
+            self._refuse_cuts()
         if model.baseline is not None:
             self._refuse_settings_of_memories()
         if data.documents is None:
@@ -199,6 +225,15 @@ class Recipe:
             )
         if data.pack and self.training.carry_memory:
             raise ValueError("data.pack and training.carry_memory exclude each other; leave one out")
+
+    def _refuse_cuts(self) -> None:
+        """Raise ValueError for what would take a summary from its document."""
+        for name in ("least_segments", "carry_memory"):
+            if value := getattr(self.training, name):
+                raise ValueError(
+                    f"training.{name} is {value}, and every row of data.summaries is a document by itself, "
+                    "with its summary at the end; leave it out"
+                )
 
     def _refuse_settings_of_memories(self) -> None:
         """Raise ValueError for what a baseline has no use for."""

@@ -70,6 +70,9 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     elif data.passkey is not None:
         length = data.passkey.most_segments * segment_length_of(recipe.model)
         source, vocab_size = "pass keys", len(tokenizer_of(recipe))
+    elif data.summaries is not None:
+        length, vocab_size = data.summaries.max_tokens, len(tokenizer_of(recipe))
+        source = f"summaries of {data.summaries.documents.source}"
     else:
         assert data.documents is not None
         source = ", ".join(each.source for each in (data.documents, *data.more_documents))
