@@ -1,7 +1,6 @@
 import inspect
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -296,14 +295,15 @@ def test_a_missing_rouge_is_said_before_the_reading(run: Run, monkeypatch: pytes
 
 
 def test_the_command_prints_scores_by_length(
-    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     make().save_pretrained(tmp_path / "model")
     BYTES.save_pretrained(tmp_path / "model")
     options = ["--greedy", "true", "--max_new_tokens", "8", "--window", "12", "--window_at", "start"]
     main(["summaries", source, "--model", str(tmp_path / "model"), "--device", "cpu", *options])
     shown = " ".join(capsys.readouterr().out.split())  # titles with long paths are wrapped
-    assert "3 documents, 5 queries" in shown and "first 12 tokens only" in shown
+    assert "3 documents, 5 queries" in shown and "first 12 tokens" in shown
     assert "128 to 255 1 3 " in shown and "greedy; at most 8 tokens" in shown
 
 

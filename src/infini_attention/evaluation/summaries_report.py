@@ -19,14 +19,10 @@ def tables(report: SummariesReport) -> list[Table]:
 def _summary(report: SummariesReport) -> Table:
     scores = report.scores()
     title = f"summaries of {report.setting.documents}: {scores.documents:,} documents"
-    table = _table(f"{title}, {scores.queries:,} queries", "", ["F1, %", *NAMES.values()])
-    for name, row in (
-        ("whole document", scores.summary),
-        (f"{_window(report)} only", scores.windowed),
-        ("difference", scores.difference),
-    ):
-        form = "+.2f" if name == "difference" else ".2f"
-        table.add_row(name, *(with_interval(row[each], form) for each in NAMES))
+    headings = ["F1, %", "whole\ndocument", f"{_window(report)}\nonly", "difference"]
+    table = _table(f"{title}, {scores.queries:,} queries", "", headings)
+    for name, shown in NAMES.items():
+        table.add_row(shown, *_of_each(scores, name))
     return table
 
 
@@ -35,14 +31,18 @@ def _lengths(report: SummariesReport) -> Table:
     table = _table("mean of the three, by length", "\n".join(_remarks(report)), headings)
     for least, below, scores in report.by_length():
         table.add_row(
-            f"{least:,} to {below - 1:,}", f"{scores.documents:,}", f"{scores.queries:,}", *_overall(scores)
+            f"{least:,} to {below - 1:,}",
+            f"{scores.documents:,}",
+            f"{scores.queries:,}",
+            *_of_each(scores, "overall"),
         )
     return table
 
 
-def _overall(scores: Scores) -> Iterator[str]:
+def _of_each(scores: Scores, name: str) -> Iterator[str]:
+    """One kind of score of the whole documents, of their windows, and the difference."""
     for row, form in ((scores.summary, ".2f"), (scores.windowed, ".2f"), (scores.difference, "+.2f")):
-        yield with_interval(row["overall"], form)
+        yield with_interval(row[name], form)
 
 
 def _remarks(report: SummariesReport) -> Iterator[str]:
@@ -75,5 +75,5 @@ def _table(title: str, caption: str, headings: list[str]) -> Table:
         padding=(0, 2, 0, 0),
     )
     for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")  # wrapped where a terminal is narrow: no figure is cut
     return table
