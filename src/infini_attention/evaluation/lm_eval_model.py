@@ -27,7 +27,7 @@ from infini_attention.models.loss import logits_of
 LEAST_SHARED = 32  # tokens: fewer are sooner read again than read apart from what follows
 LOGITS_AT_ONCE = 256  # tokens
 
-Ids = np.ndarray  # (tokens,) int64
+Ids = np.ndarray  # (tokens,) int32: of a long text a list of Python's numbers would be nine times as large
 Answer = tuple[float, bool]  # log-likelihood in nats; whether each token is the likeliest
 
 
@@ -123,8 +123,15 @@ class InfiniLM(TemplateLM):
 
     # --- what lm-eval asks for ---------------------------------------------------------------------------
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[Any, Any]:
+        before, after = super()._encode_pair(context, continuation)
+        return np.array(before, dtype=np.int32), np.array(after, dtype=np.int32)
+
     def _loglikelihood_tokens(
-        self, requests: list[tuple[Any, list[Any], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+        self,
+        requests: list[tuple[Any, Sequence[Any], Sequence[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
     ) -> list[Answer]:
         pairs = [self._begun(context, continuation) for _, context, continuation in requests]
         answers = self._scored(pairs, disable_tqdm)
@@ -148,7 +155,7 @@ class InfiniLM(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """What the model goes on with after each context, up to where it is to stop."""
         texts = [request.args[0] for request in requests]
-        contexts = [np.array(self._begun(self.tok_encode(text), [])[0], dtype=np.int64) for text in texts]
+        contexts = [self._begun(self.tok_encode(text), [])[0] for text in texts]
         answers = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="infini") as bar:
             for rows, seen, cache in self._branches(contexts):
@@ -161,23 +168,21 @@ class InfiniLM(TemplateLM):
 
     # --- reading -----------------------------------------------------------------------------------------
 
-    def _begun(self, context: Sequence[Any], continuation: list[int]) -> tuple[list[int], list[int]]:
+    def _begun(self, context: Sequence[int | None], continuation: Sequence[int]) -> tuple[Ids, Ids]:
         """Context and continuation, with something in the context: a prefix token, else the first one."""
-        known = [token for token in context if token is not None]  # TemplateLM takes the prefix unseen
-        if known:
-            return known, continuation
-        prefix = self.prefix_token_id
-        if prefix is None or continuation[:1] == [prefix]:
-            return continuation[:1], continuation[1:]
-        return [prefix], continuation
+        if len(context) == 0 or context[0] is None:  # None: TemplateLM takes the prefix as it is
+            prefix, first = self.prefix_token_id, [*continuation[:1]]
+            known = prefix is None or first == [prefix]
+            context, continuation = (first, continuation[1:]) if known else ([prefix], continuation)
+        return np.asarray(context, dtype=np.int32), np.asarray(continuation, dtype=np.int32)
 
-    def _scored(self, pairs: list[tuple[list[int], list[int]]], disable_tqdm: bool) -> list[Answer]:
+    def _scored(self, pairs: list[tuple[Ids, Ids]], disable_tqdm: bool) -> list[Answer]:
         """The likelihood of each continuation after its context."""
-        contexts = [np.array(context, dtype=np.int64) for context, _ in pairs]
+        contexts = [context for context, _ in pairs]
         answers: list[Answer] = [(0.0, True)] * len(pairs)
         with tqdm(total=len(pairs), disable=disable_tqdm, desc="infini") as bar:
             for rows, seen, cache in self._branches(contexts):
-                tails = [np.array([*contexts[row][seen:], *pairs[row][1]], dtype=np.int64) for row in rows]
+                tails = [np.concatenate([contexts[row][seen:], pairs[row][1]]) for row in rows]
                 counts = [len(pairs[row][1]) for row in rows]
                 for row, answer in zip(rows, self._scores(tails, counts, cache), strict=True):
                     answers[row] = answer
@@ -240,7 +245,7 @@ class InfiniLM(TemplateLM):
                 last = len(tails[row]) - 1
                 first = max(start, last - counts[row])
                 if first < min(stop, last):
-                    targets = torch.from_numpy(tails[row][first + 1 : stop + 1])
+                    targets = torch.from_numpy(tails[row][first + 1 : stop + 1]).long()
                     lost, likeliest = self._losses(of_row[first - start : last - start], targets)
                     nats[row] += lost
                     greedy[row] &= likeliest
@@ -265,7 +270,7 @@ class InfiniLM(TemplateLM):
         tokens = given.pop("max_gen_toks")
         if not given["do_sample"]:
             given.pop("temperature", None)
-        ids = torch.from_numpy(context[None]).to(self.model.device)
+        ids = torch.from_numpy(context[None]).long().to(self.model.device)
         made = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -280,7 +285,7 @@ class InfiniLM(TemplateLM):
 
     def _hidden(self, ids: Tensor, cache: Any) -> Tensor:
         """The decoder's last hidden states of (rows, tokens) ids, (rows, tokens, hidden_size)."""
-        ids = ids.to(self.model.device)
+        ids = ids.long().to(self.model.device)
         output = self.model.base_model(ids, use_cache=True, **{CACHE_ARGUMENT: cache})
         return output.last_hidden_state
 
@@ -326,7 +331,7 @@ def _rows_of(cache: Any, rows: list[int], device: torch.device) -> Any:
 
 
 def _padded(rows: list[Ids], length: int) -> Tensor:
-    """(rows, length) int64, 0 after the end of a row."""
+    """(rows, length) int32, 0 after the end of a row."""
     return torch.from_numpy(np.stack([np.pad(row, (0, length - len(row))) for row in rows]))
 
 
