@@ -135,14 +135,21 @@ def test_every_continuation_is_as_likely_as_in_one_forward(layers: list[int] | N
         assert greedy == likeliest
 
 
-def test_what_greedy_decoding_says_is_told_to_be_greedy() -> None:
-    model = make()
-    ids = [*DOCUMENT.encode()]
-    for _ in range(2):
+@pytest.mark.parametrize("chunk_tokens", [1, 24])
+def test_what_greedy_decoding_says_is_told_to_be_greedy(chunk_tokens: int) -> None:
+    model, ids = make(), [*DOCUMENT.encode()]
+
+    def gone_on(ids: list[int]) -> list[int]:
         with torch.no_grad():
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    whole = lm(model)._loglikelihood_tokens([(None, ids[:-2], ids[-2:]), (None, ids[:-2], [ids[-2], 0])])
-    assert [greedy for _, greedy in whole] == [True, ids[-1] == 0]
+            return [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+
+    first, second = gone_on(gone_on(ids))[-2:]
+    wrong = (first + 1) % 256
+    after_wrong = gone_on([*ids, wrong])[-1]
+    continuations = [[first, second], [first, (second + 1) % 256], [wrong, after_wrong]]
+    reader = lm(model, chunk_tokens=chunk_tokens)
+    answers = reader._loglikelihood_tokens([(None, ids, each) for each in continuations])
+    assert [greedy for _, greedy in answers] == [True, False, False]
 
 
 @pytest.mark.parametrize("system", BASELINES)
@@ -330,6 +337,26 @@ def test_generation_samples_where_it_is_told_to_and_else_does_not() -> None:
     taken = {generated(reader, "Once", temperature=0.0)[0] for _ in range(3)}
     assert len(drawn) == 3
     assert len(taken) == 1
+
+
+# --- lm-eval itself ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_short_requests_get_the_figures_of_lm_evals_own_class(added: bool) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 258})).eval()
+    tokenizer = with_special_tokens(bos=True, added=added)
+    tokenizer.pad_token = "</s>"
+    theirs = HFLM(pretrained=base, tokenizer=tokenizer, backend="causal", device="cpu")
+    ours = lm(retrofit(base, segment_length=2048), tokenizer=tokenizer, batch_size=3)
+    for one, other in zip(asked(ours), asked(theirs), strict=True):
+        assert one == (pytest.approx(other[0], rel=1e-4), other[1])
+    assert generated(ours, "Once", DOCUMENT) == generated(theirs, "Once", DOCUMENT)
+    if not added:  # else theirs predicts one BOS token from another
+        assert rolling(ours, DOCUMENT, "x") == pytest.approx(rolling(theirs, DOCUMENT, "x"), rel=1e-4)
 
 
 # --- settings --------------------------------------------------------------------------------------------

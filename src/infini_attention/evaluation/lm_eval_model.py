@@ -37,7 +37,8 @@ class InfiniLM(TemplateLM):
 
     Texts begin with whatever special tokens the tokenizer puts there. Where a text is scored from its very
     beginning, its first token is predicted from the tokenizer's BOS token, else from EOS; where there is
-    neither, it is not predicted, and the rest is from it.
+    neither, it is not predicted, and the rest is from it. Contexts that begin with the same 32 tokens or more
+    are read once, as far as they agree.
 
     Args:
         pretrained: whatever `load_system` takes by name, or a model in memory, in evaluation mode.
