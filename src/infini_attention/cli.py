@@ -403,6 +403,57 @@ def summaries(
     _print(report.to_json() if json else show.tables(report))
 
 
+def evaluate(
+    *,
+    tasks: str = "infini_continuation",
+    include_path: Path | None = None,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    data_files: list[str] | None = None,
+    batch_size: int = 8,
+    memory_reset: bool = False,
+    chat: bool = False,
+    output: Path | None = None,
+    reader: Reader,
+    sliding: Window,
+    json: bool = False,
+) -> None:
+    """Ask tasks of EleutherAI's lm-evaluation-harness, each request streamed whole, whatever its length.
+
+    Args:
+        tasks: Names of tasks, groups or tags, or patterns, with commas between. Those that come with it, and
+            need no network, begin with infini_.
+        include_path: A folder with more task files.
+        limit: Documents of each task at most, or below 1 their share.
+        num_fewshot: Examples before each question; by default what a task has.
+        data_files: Text files, or patterns, that infini_books and infini_continuation are made from, such as
+            '[mine.txt]'; by default three plays.
+        batch_size: Rows that are read side by side. Changes speed and working memory.
+        memory_reset: The control, which empties the memory before every continuation.
+        chat: Put questions into the tokenizer's chat template.
+        output: A JSON file with settings, versions and figures.
+    """
+    from infini_attention.evaluation import harness_report as show
+    from infini_attention.evaluation.harness import harness, require_lm_eval
+
+    require_lm_eval()
+    model, tokenizer = _loaded(reader, sliding)
+    report = harness(
+        model,
+        tokenizer,
+        tasks.split(","),
+        include_path=include_path,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        data_files=data_files,
+        batch_size=batch_size,
+        memory_reset=memory_reset,
+        chat=chat,
+        output=output,
+    )
+    _print(report.to_json() if json else show.tables(report))
+
+
 def table(
     kind: Literal["lm"],
     results: list[Path],
@@ -913,6 +964,7 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "study": study,
     "perplexity": perplexity,
     "summaries": summaries,
+    "eval": evaluate,
     "table": table,
     "bindings": bindings,
     "passkey": passkey,

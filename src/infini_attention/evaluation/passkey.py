@@ -17,12 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from infini_attention.data.passkey import Draft, PasskeyPrompts, Prompt
 from infini_attention.data.texts import Text, ids_of
 from infini_attention.evaluation.estimates import Proportion, proportion
+from infini_attention.evaluation.memory_reset import check_has_memory, with_memory_reset
 from infini_attention.evaluation.progress import ReadingProgress
 from infini_attention.evaluation.result_files import check_same_setting, fingerprint, write_whole
 from infini_attention.models import InfiniCache
 from infini_attention.models.compat import CACHE_ARGUMENT
-from infini_attention.models.config import InfiniConfigMixin
-from infini_attention.ops import MemoryState
 from infini_attention.provenance import Provenance, provenance
 
 GOLDEN = 0.6180339887498949  # its multiples, modulo 1, are spread evenly however many there are
@@ -265,11 +264,7 @@ def _check(
     batch_rows: int,
     chunk_tokens: int | None,
 ) -> None:
-    if not isinstance(model.config, InfiniConfigMixin):
-        raise ValueError(
-            f"{model.name_or_path} is of type {model.config.model_type}, which has no memory to reset; give "
-            "a model with memories"
-        )
+    check_has_memory(model)
     if model.training:
         raise ValueError("the model is in training mode, where dropout changes answers; call model.eval()")
     for name, values in (("lengths", lengths), ("depths", depths)):
@@ -338,7 +333,7 @@ def _outcomes(
         model.base_model(ids, use_cache=True, **{CACHE_ARGUMENT: cache})
         progress.advance(ids.numel(), cache)
     right = _right(model, prompts, start, cache.copy())
-    control = _right(model, prompts, start, cache.map_states(_emptied))
+    control = _right(model, prompts, start, with_memory_reset(cache))
     reach = start - start % segment  # where the open segment begins
     return [
         Outcome(*cell, len(prompt.answer), with_memory, without, in_reach=prompt.key_end > reach)
@@ -362,14 +357,3 @@ def _rows(prompts: list[Prompt], start: int, stop: int) -> Tensor:
     """The prompts' tokens from `start` up to `stop`, (rows, tokens) int64; 0 after the end of an answer."""
     rows = [prompt.tokens(start, stop) for prompt in prompts]
     return torch.from_numpy(np.stack([np.pad(row, (0, stop - start - len(row))) for row in rows]))
-
-
-def _emptied(state: MemoryState) -> MemoryState:
-    """The state with nothing in memory, and nothing of the open segment on its way there; its keys stay."""
-    return replace(
-        state,
-        memory=torch.zeros_like(state.memory),
-        normalizer=torch.zeros_like(state.normalizer),
-        pending_memory=torch.zeros_like(state.pending_memory),
-        pending_normalizer=torch.zeros_like(state.pending_normalizer),
-    )
