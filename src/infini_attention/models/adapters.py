@@ -14,14 +14,14 @@ import torch
 from transformers import AutoConfig
 
 from infini_attention.models.config import InfiniConfigMixin
-from infini_attention.models.memories import memory_settings, with_memories
+from infini_attention.models.memories import OWN, memory_settings, with_memories
 
 PEFT_CONFIG = "adapter_config.json"
-OWN = {"memory_gate", "short_convolution"}  # modules that no base has
+OWN_MODULES = {name.partition(".")[0] for name in OWN}  # whole in an adapter
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter of a model with memories, as `save_adapter` leaves it."""
+    """Whether a folder holds an adapter of a model with memories, as peft and `save_config` leave it."""
     if not (folder / PEFT_CONFIG).is_file() or not (folder / "config.json").is_file():
         return False
     return isinstance(AutoConfig.from_pretrained(folder), InfiniConfigMixin)
@@ -64,7 +64,7 @@ def load_adapter(folder: Path, load_base: Callable[[str], Any]) -> Any:
         load_base: from the base's name to the base, in fp32.
 
     Raises:
-        ValueError: peft is not installed, or the base's weights do not fit the adapter.
+        ValueError: peft is not installed, or the folder names no base.
     """
     _require_peft()
     from peft import PeftConfig, PeftModel
@@ -98,7 +98,7 @@ def is_adapted(model: Any) -> bool:
 
 
 def _own_modules(model: Any) -> list[str]:
-    return sorted(OWN & {name.rpartition(".")[2] for name, _ in model.named_modules()})
+    return sorted(OWN_MODULES & {name.rpartition(".")[2] for name, _ in model.named_modules()})
 
 
 def _by_itself(adapted: Any) -> Any:
