@@ -30,6 +30,9 @@ class InfiniTrainingArguments(TrainingArguments):
         cuda_graphs: forward and backward of each shape of batch are captured as a CUDA graph once and then
             replayed, for small models that wait for the host; on one GPU, with one batch a step. On a CPU
             there is nothing to capture, and steps run as ever.
+        ema_decay: at the end the weights are their exponential moving average over some 1 / (1 - ema_decay)
+            steps, as are then those that are measured and saved; checkpoints keep both. None for the last
+            step's weights. See `training.averaging`.
         teacher: a model, as `load_model` takes it, whose predictions are learnt beside the text: usually the
             base of a retrofit, within its window; None for none. See `training.teaching`.
         teacher_weight: of its divergence from the model, which the training's loss then holds beside the
@@ -52,6 +55,7 @@ class InfiniTrainingArguments(TrainingArguments):
     carry_memory: bool = field(default=False)
     context_parallel_size: int = field(default=1)
     cuda_graphs: bool = field(default=False)
+    ema_decay: float | None = field(default=None)
     teacher: str | None = field(default=None)
     teacher_weight: float = field(default=1.0)
     teacher_tokens: int | None = field(default=None)
@@ -101,6 +105,22 @@ class InfiniTrainingArguments(TrainingArguments):
         if self.cuda_graphs:
             self._check_graphs()
         self._check_teacher()
+        if self.ema_decay is not None:
+            self._check_average()
+
+    def _check_average(self) -> None:
+        assert self.ema_decay is not None
+        if not 0 < self.ema_decay < 1:
+            raise ValueError(
+                f"ema_decay is {self.ema_decay}; give a number between 0 and 1, such as 0.999, or leave it "
+                "out"
+            )
+        others = {"fsdp": bool(self.fsdp), "load_best_model_at_end": self.load_best_model_at_end}
+        if clashing := [name for name, given in others.items() if given]:
+            raise ValueError(
+                f"ema_decay is set with {', '.join(clashing)}, which deals with the weights in another way; "
+                "leave one of them out"
+            )
 
     def _check_graphs(self) -> None:
         others = {

@@ -23,6 +23,7 @@ from infini_attention.models.inputs import packed_documents
 from infini_attention.models.loss import predicted
 from infini_attention.models.observe import Observation, gate_logits, gated_layers, observe
 from infini_attention.training.arguments import InfiniTrainingArguments
+from infini_attention.training.averaging import AveragedWeights
 from infini_attention.training.carrying import CarriedMemory
 from infini_attention.training.checkpoints import damage, keep_newest, newest_checkpoint, seal, unseal
 from infini_attention.training.context import ContextShare
@@ -97,6 +98,9 @@ class InfiniTrainer(Trainer):
         self.warnings = MemoryWarnings(lambda: self.observation)
         for callback in (self._signals, self.warnings):
             self.add_callback(callback)
+        self._average = AveragedWeights(model, self.args.ema_decay) if self.args.ema_decay else None
+        if self._average is not None:
+            self.add_callback(self._average)
         if self.is_fsdp_enabled and self.args.bf16:
             # Weights are gathered as they are and computed with in bf16 by autocast: gates stay fp32.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
@@ -119,10 +123,15 @@ class InfiniTrainer(Trainer):
             raise ValueError(f"{reason}; go on from another checkpoint")
         self._carried, self._observed_at = CarriedMemory(), -1
         self.cost.begin()
+        if self._average is not None:
+            self._average.forget()
         try:
-            return super().train(resume_from_checkpoint, *arguments, **settings)
+            output = super().train(resume_from_checkpoint, *arguments, **settings)
         finally:
             self._signals.end()
+        if self._average is not None and self.stopped_by is None:
+            self._average.take()
+        return output
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
@@ -401,6 +410,8 @@ class InfiniTrainer(Trainer):
             self._random.set_state(state["random"])
             self._carried.load(state["carried"], self.args.device)
             self.cost.load(state.get("cost", {}))
+            if self._average is not None:
+                self._average.load(state["average"])
 
     def _check_layout(self, checkpoint: Path) -> None:
         """Raise ValueError where rows would not go on as they were dealt out to processes and steps."""
@@ -420,8 +431,12 @@ class InfiniTrainer(Trainer):
         return f"infini_{self.args.process_index}.pt"
 
     def _own_state(self) -> dict[str, Any]:
-        cost = self.cost.figures()
-        return {"random": self._random.get_state(), "carried": self._carried.save(), "cost": cost}
+        return {
+            "random": self._random.get_state(),
+            "carried": self._carried.save(),
+            "cost": self.cost.figures(),
+            "average": [] if self._average is None else self._average.save(),
+        }
 
     @property
     def _folder(self) -> Path:
