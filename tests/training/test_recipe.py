@@ -164,7 +164,11 @@ def test_a_baseline_has_sizes_of_its_own(tmp_path: Path) -> None:
     recipe.sizes = {**SIZES, "memory_size": 100}
     config = make_model(recipe, 64).config
     assert (config.segment_length, config.memory_size, config.gate_init) == (16, 100, -1.0)
-    recipe.baseline, recipe.gate_init = "transformer_xl", None
+    recipe.baseline, recipe.gate_init = "linear_attention", None
+    recipe.feature_map, recipe.short_convolution, recipe.sizes = "exp", 4, SIZES
+    config = make_model(recipe, 64).config
+    assert (config.feature_map, config.short_convolution) == ("exp", 4)
+    recipe.baseline, recipe.sizes = "transformer_xl", {**SIZES, "memory_size": 100}
     with pytest.raises(ValueError, match=r"memory_size, which are no sizes of TransformerXLLlamaConfig"):
         make_model(recipe, 64)
     recipe.baseline = "memorising"

@@ -11,6 +11,12 @@ from infini_attention.data.documents import Documents
 from infini_attention.data.summaries import GENERAL
 from infini_attention.training.arguments import InfiniTrainingArguments
 
+SETTINGS_OF_BASELINES = {
+    "memorizing": ("gate_init",),
+    "linear_attention": ("feature_map", "short_convolution"),
+}
+"""Settings of a memory that some baselines have, too."""
+
 
 @dataclass
 class LoraRecipe:
@@ -39,15 +45,16 @@ class ModelRecipe:
         lora: Train an adapter of the base, which stays as it is; the output is then an adapter.
         family: Of fresh weights: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3, smollm3 or granite.
         baseline: Another system on the same skeleton, with fresh weights: full, sliding_window,
-            transformer_xl, memorizing or recurrent_memory. None for Infini-attention.
+            transformer_xl, memorizing, linear_attention or recurrent_memory. None for Infini-attention.
         sizes: Fields of the family's config, for fresh weights, and of the baseline's, such as window;
             the vocabulary's size comes from the data.
         segment_length: Tokens a segment.
         update_rule: linear or delta.
-        feature_map: Of the memory.
+        feature_map: Of the memory, also of linear_attention.
         normalization: Of what the memory answers: sum, root, none or unit.
         empty_memory: local or gated.
-        short_convolution: Tokens that every query and key is a mixture of; 0 for none, or say 8.
+        short_convolution: Tokens that every query and key is a mixture of, also of linear_attention; 0 for
+            none, or say 8.
         layers: That get a memory; by default all that can have one.
         gate_init: Logit of every gate, also of memorizing; by default 0 for fresh weights and -4 for a
             retrofit.
@@ -238,7 +245,7 @@ class Recipe:
     def _refuse_settings_of_memories(self) -> None:
         """Raise ValueError for what a baseline has no use for."""
         name, training, usual = self.model.baseline, self.training, ModelRecipe()
-        fields = [
+        useless = [
             "base",
             "lora",
             "update_rule",
@@ -246,10 +253,15 @@ class Recipe:
             "normalization",
             "empty_memory",
             "short_convolution",
+            "layers",
+            "memory",
+            "gate_init",
         ]
-        fields += ["layers", "memory"]
-        fields += ["gate_init"] * (name != "memorizing")
-        given = {f"model.{field}": getattr(self.model, field) != getattr(usual, field) for field in fields}
+        given = {
+            f"model.{field}": getattr(self.model, field) != getattr(usual, field)
+            for field in useless
+            if field not in SETTINGS_OF_BASELINES.get(name or "", ())
+        }
         given |= {
             "data.pack": self.data.pack,
             "training.carry_memory": training.carry_memory,
