@@ -876,7 +876,7 @@ def study(
     plot: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Train several arms of a recipe and ask each of them for pass keys: one table, one plot over all.
+    """Train several arms of a recipe and ask each of them the same questions: one table, one plot over all.
 
     Ctrl-C saves what has been done; the same command goes on from there. Exit code 1 when a run fails.
 
@@ -885,7 +885,7 @@ def study(
         output: The folder of all runs; by default out/studies and the name of the file.
         jobs: Runs at a time, each a process of its own.
         devices: GPUs that the runs are dealt to, such as '[0, 1]'; by default all.
-        plot: Where to draw exact match by length, a file such as out/study.png.
+        plot: Where to draw exact match by length and recall by bytes of state, a file such as out/study.png.
     """
     from infini_attention.evaluation import study_report as show
     from infini_attention.evaluation.stream_report import require_matplotlib

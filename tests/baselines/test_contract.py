@@ -267,6 +267,13 @@ def test_what_it_cannot_do_is_refused_in_words(segmented: Any) -> None:
         ("memorizing", "neighbors", -1, "neighbors is -1"),
         ("memorizing", "memory_layer", 3, "memory_layer is 3; give one from 0 to 2"),
         ("memorizing", "gate_init", float("nan"), "gate_init is nan"),
+        ("linear_attention", "feature_map", "relu", "feature_map 'relu' is not registered; choose one of"),
+        (
+            "linear_attention",
+            "short_convolution",
+            1,
+            "short_convolution is 1; give 0 for none",
+        ),
         ("recurrent_memory", "memory_tokens", 0, "memory_tokens is 0"),
     ],
 )

@@ -36,6 +36,7 @@ def test_sizes_follow_the_formulas_of_table_1() -> None:
         "transformer_xl": (d_key + d_value) * H * N * l,
         "memorizing": (d_key + d_value) * H * N * S,
         "recurrent_memory": d_model * p * l * 2,
+        "linear_attention": d_key * (d_value + 1) * H * l,
         "full": (d_key + d_value) * H * LENGTH * l,
     }
     settings = {"memorizing": {"local_cache": False, "memory_size": N * S}}
@@ -79,7 +80,7 @@ def test_sizes_are_those_of_the_caches(name: str, length: int) -> None:
     model = make_baseline(name)
     cache = model(make_tokens(1, length), use_cache=True)[CACHE_ARGUMENT]
     per_token = 2 * SIZES["num_key_value_heads"] * SIZES["head_dim"] * SIZES["num_hidden_layers"]
-    open_tokens = 0 if name in ("full", "sliding_window") else length % SEGMENT
+    open_tokens = 0 if name in ("full", "sliding_window", "linear_attention") else length % SEGMENT
     held = cache.nbytes // 4 - per_token * open_tokens
     if name == "recurrent_memory":
         vectors = model.config.memory_tokens * SIZES["hidden_size"]
@@ -119,6 +120,7 @@ def test_keys_that_a_token_sees_are_counted(name: str) -> None:
                 "full": token + 0.5,
                 "sliding_window": min(token, 10) + 0.5,
                 "transformer_xl": token - start + 0.5 + (SEGMENT if start else 0),
+                "linear_attention": length / 2 + SIZES["head_dim"],  # one chunk, and a key for each feature
                 "recurrent_memory": token - start + 0.5 + 3,
                 "memorizing": token - start + 0.5 + (SEGMENT if start else 0) + stored / 2 + min(stored, 3),
             }[name]

@@ -56,6 +56,7 @@ def loss_of(model: Any, batch: Batch) -> Tensor:
         ("full", 2, 50, {}),
         ("sliding_window", 1, 50, {"window": 2 * KEYS}),
         ("transformer_xl", 1, 50, {}),
+        ("linear_attention", 2, 50, {"feature_map": "exp"}),
         ("recurrent_memory", 1, 90, {"memory_tokens": KEYS}),
     ],
 )

@@ -53,6 +53,22 @@ STUDY = {
         "four keys": {"keys": 4, "lengths": [640], "depths": 2, "samples": 1},
     },
 }
+RECALL = {
+    "model": RECIPE["model"] | {"segment_length": 8},
+    "data": {"associative_recall": {"examples": 8, "grid": [[24, 3]], "vocab_size": 16}},
+    "training": RECIPE["training"] | {"per_device_eval_batch_size": 64},
+}
+RECALLED = {
+    "arms": {
+        "memory": {},
+        "no memory": {"model.memory": False},
+        "linear": {"model.baseline": "linear_attention"},
+    },
+    "ask": {
+        "usual": {"grid": [[24, 3], [32, 4]], "examples": 4},
+        "rewritten": {"grid": [[32, 4]], "examples": 4, "rewrites": 0.5, "across_segments": True},
+    },
+}
 BROKEN = {"arms": {"whole": {}, "broken": {"model.sizes": {"hidden_size": 15, "num_attention_heads": 2}}}}
 
 Write = Callable[..., Path]
@@ -62,8 +78,8 @@ Write = Callable[..., Path]
 def write(tmp_path: Path) -> Write:
     """What writes a study with some of its keys changed, beside its recipe."""
 
-    def written(**changes: Any) -> Path:
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    def written(recipe_of: dict[str, Any] = RECIPE, **changes: Any) -> Path:
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_of))
         path = tmp_path / "study.yaml"
         path.write_text(yaml.safe_dump(STUDY | changes, sort_keys=False))
         return path
@@ -94,6 +110,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs take place in this process, one after the other."""
     monkeypatch.setattr(module, "_started", AtOnce)
     monkeypatch.setattr(material, "HELD_OUT_PROMPTS", 2)
+    monkeypatch.setattr(material, "HELD_OUT", 2)
 
 
 def test_the_arms_are_all_combinations(write: Write) -> None:
@@ -166,6 +183,12 @@ def test_all_arms_of_a_seed_come_before_the_next(write: Write, tmp_path: Path) -
         ({"set": {"training.max_steps": "many"}}, "Got value: many"),
         ({"set": {"training.repeat_ceiling": 0}}, "cannot be trained as recipe: repeat_ceiling is 0"),
         ({"recipe": "other.yaml"}, "there is no recipe"),
+        ({"ask": {"usual": {"grid": [[24, 3]]}}}, "the recipe has no data.associative_recall; set it"),
+        ({"recipe_of": RECALL}, "pass keys are asked for, and the recipe's data has no text"),
+        (
+            {"recipe_of": RECALL, "ask": {"usual": {"grid": [[12, 3]], "across_segments": True}}},
+            "3 pairs in 12 tokens, and to tell and to ask them in segments of 8 takes 14",
+        ),
     ],
     ids=str,
 )
@@ -388,6 +411,36 @@ def test_every_arm_of_many_has_a_look_of_its_own(write: Write, known: StudyRepor
     assert len({*looks}) == len(arms) == 18
     assert looks[0][0] == looks[1][0] != looks[2][0]
     assert looks[0][1:] == looks[2][1:] != looks[1][1:]
+
+
+@pytest.mark.usefixtures("at_once")
+def test_systems_are_asked_for_associative_recall_and_what_their_states_hold(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'infini-attention[eval]'")
+    path, picture = write(RECALL, **RECALLED), tmp_path / "study.png"
+    main(["study", str(path), "-o", str(tmp_path / "out"), "--plot", str(picture)])
+    shown = flat(capsys.readouterr().out)
+    assert "What is it?: recall, % usual usual rewritten arm 3 in 24 4 in 32 4 in 32 memory" in shown
+    for title in ("recall with every gate shut", "recall of keys told anew", "by their old value"):
+        assert title in shown
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    report = run_study(read_study(path), tmp_path / "out")
+    sizes = [{answer.score.state_bytes for answer in result.answers} for result in report.results]
+    states, token = 2 * 8 * 9 * 4, 2 * 2 * 8 * 4  # one layer, two heads of 8: sums, and keys and values
+    assert sizes == [{2 * states + 7 * token + 8}, {7 * token + 8}, {states}]
+    assert f"{states:,}" in shown
+    assert [result.done for result in report.results] == [True] * 3
+    assert "3 runs, 0 of them to do" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("at_once")
+def test_pass_keys_and_recall_stand_in_one_picture(write: Write, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'infini-attention[eval]'")
+    report = run_study(read_study(write(RECALL, ask=RECALLED["ask"], seeds=[0, 1])), tmp_path / "out")
+    ask = report.study.ask | read_study(write()).ask  # of the latter nothing is known
+    plot(replace(report, study=replace(report.study, ask=ask)), tmp_path / "both.png")
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
 
 
 def flat(text: str) -> str:

@@ -114,6 +114,7 @@ def test_operations_are_those_counted_by_hand() -> None:
         "full": LAYERS * 12,
         "sliding_window": LAYERS * (6 * 3 + 18 * 5.5) / 24,
         "transformer_xl": LAYERS * (4 + (0 + 8 + 8) / 3),
+        "linear_attention": LAYERS * (12 + WIDTH),
         "recurrent_memory": LAYERS * (4 + 3),
         # One layer also finds three pairs, and compares queries with 8 and 16 keys without their values.
         "memorizing": LAYERS * (4 + (0 + 8 + 8) / 3) + (0 + 3 + 3) / 3 + (0 + 8 + 16) / 3 / 2,

@@ -119,7 +119,7 @@ def test_a_wrong_name_or_type_is_named(capsys: pytest.CaptureFixture[str], overr
     [
         (
             ["--data.copy_task=null"],
-            "data has no source; give one of documents, copy_task, passkey, summaries",
+            "data has no source; give one of documents, copy_task, associative_recall, passkey, summaries",
         ),
         (["--model.sizes={}"], "model has neither base nor sizes"),
         (["--model.base=smollm2"], "model.sizes are set, and model.base 'smollm2' has its own"),
@@ -164,7 +164,11 @@ def test_a_baseline_has_sizes_of_its_own(tmp_path: Path) -> None:
     recipe.sizes = {**SIZES, "memory_size": 100}
     config = make_model(recipe, 64).config
     assert (config.segment_length, config.memory_size, config.gate_init) == (16, 100, -1.0)
-    recipe.baseline, recipe.gate_init = "transformer_xl", None
+    recipe.baseline, recipe.gate_init = "linear_attention", None
+    recipe.feature_map, recipe.short_convolution, recipe.sizes = "exp", 4, SIZES
+    config = make_model(recipe, 64).config
+    assert (config.feature_map, config.short_convolution) == ("exp", 4)
+    recipe.baseline, recipe.sizes = "transformer_xl", {**SIZES, "memory_size": 100}
     with pytest.raises(ValueError, match=r"memory_size, which are no sizes of TransformerXLLlamaConfig"):
         make_model(recipe, 64)
     recipe.baseline = "memorising"
@@ -492,5 +496,5 @@ def test_summaries_train_and_leave_a_model_that_can_be_asked(
 
 @pytest.mark.parametrize("override", ["--training.least_segments=2", "--training.carry_memory=true"])
 def test_settings_that_would_take_summaries_from_documents_are_refused(tmp_path: Path, override: str) -> None:
-    with pytest.raises(ValueError, match=r"every row of data\.summaries is a document by itself"):
+    with pytest.raises(ValueError, match=r"every row of data\.summaries is a whole by itself"):
         read_recipe(summaries(tmp_path), [override])

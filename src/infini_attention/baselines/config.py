@@ -12,7 +12,7 @@ class BaselineConfigMixin:
     """Fields of every baseline's config; they come on top of those of the family's own config.
 
     Attributes:
-        segment_length: N, tokens a segment; full attention knows none and only leaves it to the data.
+        segment_length: N, tokens a segment; systems that know none only leave it to the data.
 
     Raises:
         ValueError: a value that cannot be right; the text names it and the remedy.

@@ -12,6 +12,11 @@ from transformers.models.llama import modeling_llama as llama
 
 from infini_attention.baselines.attention import SegmentAttentionMixin
 from infini_attention.baselines.full_attention import FullAttentionConfigMixin, FullAttentionModelMixin
+from infini_attention.baselines.linear_attention import (
+    LinearAttentionConfigMixin,
+    LinearAttentionMixin,
+    LinearAttentionModelMixin,
+)
 from infini_attention.baselines.memorizing import (
     MemorizingAttentionMixin,
     MemorizingConfigMixin,
@@ -157,11 +162,37 @@ class RecurrentMemoryLlamaForCausalLM(SegmentForCausalLMMixin, llama.LlamaForCau
     model_class = RecurrentMemoryLlamaModel
 
 
+@strict
+class LinearAttentionLlamaConfig(LinearAttentionConfigMixin, llama.LlamaConfig):
+    """Llama with linear attention: `LlamaConfig` and the fields of `LinearAttentionConfigMixin`."""
+
+    model_type = "linear_attention_llama"
+
+
+class LinearAttentionLlamaAttention(LinearAttentionMixin, llama.LlamaAttention):
+    """Llama's attention without its softmax and its rotation."""
+
+
+class LinearAttentionLlamaModel(LinearAttentionModelMixin, llama.LlamaModel):
+    """Llama's decoder with linear attention."""
+
+    config_class = LinearAttentionLlamaConfig
+    attention_class = LinearAttentionLlamaAttention
+
+
+class LinearAttentionLlamaForCausalLM(SegmentForCausalLMMixin, llama.LlamaForCausalLM):
+    """Llama's language model with linear attention."""
+
+    config_class = LinearAttentionLlamaConfig
+    model_class = LinearAttentionLlamaModel
+
+
 BASELINES: dict[str, dict[type, type[Any]]] = {
     "full": {llama.LlamaForCausalLM: FullAttentionLlamaForCausalLM},
     "sliding_window": {llama.LlamaForCausalLM: SlidingWindowLlamaForCausalLM},
     "transformer_xl": {llama.LlamaForCausalLM: TransformerXLLlamaForCausalLM},
     "memorizing": {llama.LlamaForCausalLM: MemorizingLlamaForCausalLM},
+    "linear_attention": {llama.LlamaForCausalLM: LinearAttentionLlamaForCausalLM},
     "recurrent_memory": {llama.LlamaForCausalLM: RecurrentMemoryLlamaForCausalLM},
 }
 """By a system's name, each supported language model of transformers and the class that it becomes."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 from infini_attention.baselines.full_attention import FullAttentionConfigMixin
+from infini_attention.baselines.linear_attention import LinearAttentionConfigMixin
 from infini_attention.baselines.memorizing import MemorizingConfigMixin
 from infini_attention.baselines.recurrent_memory import RecurrentMemoryConfigMixin
 from infini_attention.baselines.sliding_window import SlidingWindowConfigMixin
@@ -21,9 +22,13 @@ def system_name(model: Any) -> str:
     """
     config = model.config
     if isinstance(config, InfiniConfigMixin):
-        return _infini_name(config, LOCAL_ONLY if is_local(model) else f"Infini {config.update_rule}")
+        if is_local(model):
+            return _with_others(config, LOCAL_ONLY)
+        return _with_others(config, f"Infini {config.update_rule}", feature_map="elu1", normalization="sum")
     if isinstance(config, FullAttentionConfigMixin):
         return "full attention"
+    if isinstance(config, LinearAttentionConfigMixin):
+        return _with_others(config, "linear attention", feature_map="elu1")
     if isinstance(config, MemorizingConfigMixin):
         return "Memorizing Transformer"
     if isinstance(config, RecurrentMemoryConfigMixin):
@@ -50,9 +55,8 @@ def is_local(model: Any) -> bool:
     return isinstance(model.config, InfiniConfigMixin) and not has_open_gates(model)
 
 
-def _infini_name(config: Any, first: str) -> str:
-    """`first`, and of the other settings those that are not the paper's and matter."""
-    usual = {} if first == LOCAL_ONLY else {"feature_map": "elu1", "normalization": "sum"}
+def _with_others(config: Any, first: str, **usual: str) -> str:
+    """`first`, and of the other settings those that are not `usual`."""
     others = [getattr(config, name) for name, value in usual.items() if getattr(config, name) != value]
     if config.short_convolution:
         others.append(f"convolution of {config.short_convolution}")

@@ -34,14 +34,18 @@ def check_same_setting(path: Path, ours: dict[str, Any], theirs: dict[str, Any])
         raise ValueError(f"{path} holds other figures: {', '.join(differences)}; name another file")
 
 
-def fingerprint(model: Any, tokenizer: Any, prose: np.ndarray | None = None) -> str:
-    """Hexadecimal; changes with any weight, the config, the tokenizer and the prose, (tokens,) int32."""
+def fingerprint(model: Any, tokenizer: Any = None, prose: np.ndarray | None = None) -> str:
+    """Hexadecimal; changes with any weight, the config, the tokenizer and the prose, (tokens,) int32.
+
+    `tokenizer` and `prose` are None where there are none.
+    """
     config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    digest.update(json.dumps(tokenizer(PROBE, add_special_tokens=False)["input_ids"]).encode())
+    if tokenizer is not None:
+        digest.update(json.dumps(tokenizer(PROBE, add_special_tokens=False)["input_ids"]).encode())
     if prose is not None:
         digest.update(prose.tobytes())
     return digest.hexdigest()[:16]

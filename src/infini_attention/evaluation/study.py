@@ -1,4 +1,4 @@
-"""`infini study`: one recipe in several arms and seeds, each trained and then asked for pass keys.
+"""`infini study`: one recipe in several arms and seeds, each trained and then asked the same questions.
 
 A study is a YAML file; the folder recipes/studies has some. Each run, an arm with a seed, is a process of its
 own and has a folder of its own. What is whole there is not done again.
@@ -27,12 +27,9 @@ import torch
 from jsonargparse import ArgumentParser
 from transformers.utils import logging
 
-from infini_attention.data.texts import open_text
+from infini_attention.baselines.loading import load_system
 from infini_attention.devices import choose_device
-from infini_attention.evaluation.estimates import Proportion
-from infini_attention.evaluation.passkey import Score, even_depths, passkey
-from infini_attention.models import load_tokenizer
-from infini_attention.models.reader import load_reader
+from infini_attention.evaluation.questions import Answer, Cell, Question
 from infini_attention.provenance import Provenance, provenance
 from infini_attention.training.checkpoints import MODEL, RECIPE, SUMMARY, checkpoints
 from infini_attention.training.recipe import Reading, Recipe, read_recipe
@@ -47,36 +44,14 @@ Settings = dict[str, Any]  # values of a recipe by their dotted names
 
 
 @dataclass(frozen=True)
-class Question:
-    """What each trained model is asked: the settings of `passkey`, `prose` by name and depths by number."""
-
-    variant: str = "paper"
-    lengths: list[int] = field(default_factory=lambda: [32_768])
-    depths: int = 11
-    samples: int = 10
-    exact_lengths: bool = False
-    keys: int = 1
-    rewrites: int = 0
-    prose: str | None = None
-    seed: int = 0
-    batch_rows: int = 32
-
-    def asked(self) -> dict[str, Any]:
-        """What decides the answers, as the setting of a `PasskeyReport` has it."""
-        prose = None if self.prose is None else Path(self.prose).name
-        settings = asdict(self) | {"depths": even_depths(self.depths), "prose": prose}
-        del settings["batch_rows"]
-        return settings
-
-
-@dataclass(frozen=True)
 class Study:
     """A study's file. Every arm is trained with every seed and asked every question.
 
     Attributes:
         title: The question that the study is to answer.
         recipe: The recipe's file; the path is relative to the study's own.
-        ask: Questions by name.
+        ask: Questions by name: for pass keys, by settings of `infini passkey`, or for associative recall, by
+            a grid.
         set: Values of the recipe set anew for every arm.
         vary: Values to try; every combination is an arm.
         arms: Named arms, each by its values; with `vary`, each of them in every combination.
@@ -150,19 +125,9 @@ class Run:
 
     def done(self) -> bool:
         """Whether it is trained and has answered everything."""
-        answered = [len((self.report(name) or {"outcomes": ()})["outcomes"]) for name in self.ask]
-        wanted = [len(each.lengths) * each.depths * each.samples for each in self.ask.values()]
-        return self.trained() is not None and answered == wanted
-
-
-@dataclass(frozen=True)
-class Answer:
-    """How a model answered a question at one length, at all depths and at each of them."""
-
-    question: str
-    length: int
-    score: Score
-    by_depth: list[Score]
+        reports = [(question, self.report(name)) for name, question in self.ask.items()]
+        answered = all(report is not None and question.is_whole(report) for question, report in reports)
+        return self.trained() is not None and answered
 
 
 @dataclass(frozen=True)
@@ -200,14 +165,10 @@ class StudyReport:
         """Those of an arm, by seed."""
         return [result for result in self.results if result.arm == arm.name]
 
-    def answers(self, arm: Arm, question: str, length: int) -> list[Answer]:
+    def answers(self, arm: Arm, question: str, cell: Cell) -> list[Answer]:
         """Those of an arm's seeds that have answered."""
         answers = [answer for result in self.results_of(arm) for answer in result.answers]
-        return [each for each in answers if (each.question, each.length) == (question, length)]
-
-    def scores(self, arm: Arm, question: str, length: int) -> list[Score]:
-        """Their scores at all depths together."""
-        return [each.score for each in self.answers(arm, question, length)]
+        return [each for each in answers if (each.question, each.cell) == (question, cell)]
 
     def to_json(self) -> str:
         """The whole report in one line of JSON."""
@@ -225,8 +186,7 @@ def read_study(path: Path) -> Study:
     except (ArgumentError, TypeError) as error:
         raise ValueError(f"{path} is no study: {' '.join(str(error).split())}") from None
     study = Study(**vars(settings))
-    for name, question in study.ask.items():
-        even_depths(question.depths)
+    for name in study.ask:
         if "/" in name:
             raise ValueError(f"the question {name!r} of {path} is to name a file; leave the / out")
     for name, values in (("seeds", study.seeds), ("ask", [*study.ask])):
@@ -259,13 +219,18 @@ def arms_of(study: Study) -> list[Arm]:
 def plan(study: Study, output: Path) -> list[Run]:
     """The runs of a study, all arms of the first seed first, in folders below `output`.
 
-    Raises ValueError where the recipe does not take an arm's values, or a folder has a run of another recipe.
+    Raises ValueError where the recipe does not take an arm's values, its models could not be asked a
+    question, or a folder has a run of another recipe.
     """
     runs = [_run(study, arm, seed, output) for seed in study.seeds for arm in arms_of(study)]
     for run in runs:
         kept = run.folder / RECIPE
-        text = run.read().text if kept.exists() or run.seed == study.seeds[0] else ""
-        if kept.exists() and _without_folder(kept.read_text()) != _without_folder(text):
+        if not kept.exists() and run.seed != study.seeds[0]:
+            continue
+        reading = run.read()
+        for question in study.ask.values():
+            question.check(reading.recipe)
+        if kept.exists() and _without_folder(kept.read_text()) != _without_folder(reading.text):
             raise ValueError(f"{run.folder} has a run of another recipe; name another output, or delete it")
     return runs
 
@@ -313,12 +278,9 @@ def perform(run: Run) -> None:
             sys.exit(f"stopped by {figures['stopped_by']} after step {figures['steps']:,}")
     folder = str(run.folder / MODEL)
     dtype = "bfloat16" if choose_device("auto").type == "cuda" else "float32"
-    model, _ = load_reader(folder, {}, dtype=dtype)
-    tokenizer = load_tokenizer(folder)
+    model, _ = load_system(folder, {}, dtype=dtype)
     for name, question in run.ask.items():
-        prose = None if question.prose is None else open_text(question.prose)
-        settings = asdict(question) | {"depths": even_depths(question.depths), "prose": prose}
-        passkey(model, tokenizer, **settings, output=run.folder / f"{name}.json")
+        question.ask(model, folder, run.folder / f"{name}.json")
 
 
 def _short(names: Iterable[str]) -> list[str]:
@@ -456,19 +418,6 @@ def _end(processes: list[BaseProcess]) -> None:
 
 def _result(run: Run, failed: str | None) -> Result:
     reports = {name: report for name in run.ask if (report := run.report(name)) is not None}
-    answers = [
-        Answer(name, whole["length"], _score(whole), _by_depth(report, whole["length"]))
-        for name, report in reports.items()
-        for whole in report["by_length"]
-    ]
+    answers = [each for name, report in reports.items() for each in run.ask[name].answers(name, report)]
     seconds = sum(report["seconds"] for report in reports.values())
     return Result(run.arm, run.seed, run.done(), failed, run.trained(), answers, seconds)
-
-
-def _by_depth(report: dict[str, Any], length: int) -> list[Score]:
-    return [_score(cell) for cell in report["cells"] if cell["length"] == length]
-
-
-def _score(cell: dict[str, Any]) -> Score:
-    names = [each.name for each in fields(Score)]
-    return Score(**{name: cell[name] and Proportion(**cell[name]) for name in names})

@@ -1,14 +1,25 @@
 """What `infini study` shows: a table of answers, one of trainings, a picture; the report has the JSON."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from infini_attention.evaluation.estimates import Proportion
+from infini_attention.evaluation.questions import (
+    Answer,
+    Cell,
+    PasskeyAnswer,
+    PasskeyQuestion,
+    RecallAnswer,
+    short_length,
+)
 from infini_attention.evaluation.stream_report import require_matplotlib
-from infini_attention.evaluation.study import Answer, Arm, StudyReport
+from infini_attention.evaluation.study import Arm, StudyReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,40 +27,51 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, told apart with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES, MARKERS = ("-", "--", ":", "-."), "os^vDPX*"
+ABREAST = 4  # panels of a picture in one row
+RECALL = {
+    "control": "recall with every gate shut",
+    "rewritten": "recall of keys told anew",
+    "old": "keys told anew that are answered by their old value",
+}  # shares of a RecallScore that have tables of their own
 
 
 def tables(report: StudyReport) -> list[Table]:
-    """Exact match by arm, question and length; what the trainings came to; what else there is to say.
+    """What was right by arm and question; what the trainings came to; what else there is to say.
 
     Between them, where others' figures are to stand beside ours, token accuracy in the form of the paper's
-    table 3.
+    table 3; and of associative recall what else there is.
     """
-    published = [_by_depth(report, name) for name in report.study.ask] if report.study.published else []
-    return [_answers(report), *published, _trainings(report), _remarks(report)]
+    study = report.study
+    names = [name for name, question in study.ask.items() if isinstance(question, PasskeyQuestion)]
+    published = [_by_depth(report, name) for name in names] if study.published else []
+    answers = _shares(report, f"{study.title}: {_measures(report)}, %", lambda answer: answer.right)
+    return [answers, *published, *_recalls(report), _trainings(report), _remarks(report)]
 
 
 def plot(report: StudyReport, path: Path) -> None:
-    """Draw exact match by length into the picture `path`: a panel a question, a line an arm.
+    """Draw what was right into the picture `path`.
+
+    Exact match of pass keys by length: a panel a question, a line an arm. Recall by bytes of state: a panel a
+    cell, a mark an arm.
 
     Raises ValueError with the pip command when matplotlib is missing.
     """
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    questions = report.study.ask
-    figure = Figure(figsize=(3 + 4.2 * len(questions), 5), layout="constrained")
-    panels = figure.subplots(1, len(questions), sharey=True, squeeze=False)[0]
-    for axes, (name, question) in zip(panels, questions.items(), strict=True):
-        for arm in report.arms:
-            _draw(axes, report, arm, name)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(question.lengths, map(_length, question.lengths))
+    panels = [panel for name in report.study.ask for panel in _panels(report, name)]
+    columns, rows = min(ABREAST, len(panels)), ceil(len(panels) / ABREAST)
+    figure = Figure(figsize=(3 + 4.2 * columns, 0.5 + 4.5 * rows), layout="constrained")
+    for number, draw in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        draw(axes)
         axes.minorticks_off()
-        axes.set(title=name, xlabel="tokens", ylim=(-3, 103))
+        axes.set_ylim(-3, 103)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("exact match, %")
-    handles, labels = panels[0].get_legend_handles_labels()
+        if number % columns == 0:
+            axes.set_ylabel(f"{_measures(report)}, %")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
     names = ", ".join(report.arms[0].factors)
     figure.legend(handles, labels, title=names, loc="outside center right", frameon=False, handlelength=4)
     figure.suptitle(report.study.title)
@@ -57,51 +79,84 @@ def plot(report: StudyReport, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _answers(report: StudyReport) -> Table:
-    table = _table(report, f"{report.study.title}: exact match, %")
-    cells = [(name, length) for name, question in report.study.ask.items() for length in question.lengths]
-    for name, length in cells:
-        table.add_column(f"{name}\n{_length(length)}", justify="right")
+def _measures(report: StudyReport) -> str:
+    return " and ".join(dict.fromkeys(question.measure for question in report.study.ask.values()))
+
+
+def _shares(report: StudyReport, title: str, share: Callable[[Answer], Proportion | None]) -> Table:
+    """A share by arm, question and cell: means over seeds with their ranges."""
+    table, cells = _table(report, title), []
+    for name, question in report.study.ask.items():
+        for cell, label in question.columns().items():
+            table.add_column(f"{name}\n{label}", justify="right")
+            cells.append((name, cell))
     for arm in report.arms:
-        shares = ([100 * score.exact_match.share for score in report.scores(arm, *cell)] for cell in cells)
-        table.add_row(*arm.factors.values(), *(_range(each, ".0f") for each in shares))
+        shares = ([share(answer) for answer in report.answers(arm, *cell)] for cell in cells)
+        shown = ([100 * each.share for each in of_seeds if each is not None] for of_seeds in shares)
+        table.add_row(*arm.factors.values(), *(_range(each, ".0f") for each in shown))
     return table
+
+
+def _recalls(report: StudyReport) -> list[Table]:
+    """Of associative recall, what there is beside the right answers."""
+    answers = [answer for result in report.results for answer in result.answers]
+
+    def share(name: str, answer: Answer) -> Proportion | None:
+        return getattr(answer.score, name) if isinstance(answer, RecallAnswer) else None
+
+    return [
+        _shares(report, f"{title}, %", partial(share, name))
+        for name, title in RECALL.items()
+        if any(share(name, answer) is not None for answer in answers)
+    ]
 
 
 def _by_depth(report: StudyReport, question: str) -> Table:
     """Token accuracy by depth, from start to end, means over seeds; then what others published."""
     table = _table(report, f"{question}: token accuracy by depth of the key, from start to end, %")
-    lengths = report.study.ask[question].lengths
-    for length in lengths:
-        table.add_column(_length(length), justify="right", no_wrap=True)
+    columns = report.study.ask[question].columns()
+    for label in columns.values():
+        table.add_column(label, justify="right", no_wrap=True)
     for arm in report.arms:
-        answers = [report.answers(arm, question, length) for length in lengths]
-        table.add_row(*arm.factors.values(), *map(_depths, answers))
+        table.add_row(
+            *arm.factors.values(), *(_depths(report.answers(arm, question, cell)) for cell in columns)
+        )
     for name, figures in report.study.published.items():
         empty = [""] * (len(report.arms[0].factors) - 1)
-        table.add_row(name, *empty, *(figures.get(length, "-") for length in lengths))
+        table.add_row(name, *empty, *(figures.get(length, "-") for (length,) in columns))
     return table
 
 
 def _depths(answers: Sequence[Answer]) -> str:
     """The means of some seeds' token accuracies, such as 97/99/100."""
-    of_seeds = ([100 * score.token_accuracy.share for score in each.by_depth] for each in answers)
+    of_seeds = (
+        [100 * score.token_accuracy.share for score in each.by_depth]
+        for each in answers
+        if isinstance(each, PasskeyAnswer)
+    )
     return "/".join(_mean(shares, ".0f") for shares in zip(*of_seeds, strict=True)) or "-"
 
 
 def _trainings(report: StudyReport) -> Table:
     table = _table(report, "trainings")
     figures = {"loss": ".3f", "gate_mean": ".3f", "gate_max": ".3f", "seconds": ",.0f"}
-    for heading in ("loss", "mean gate", "greatest gate", "seconds", "seconds\nof asking"):
+    of_arms = {arm.name: report.results_of(arm) for arm in report.arms}
+    sizes = {
+        name: _state_bytes([answer for result in results for answer in result.answers])
+        for name, results in of_arms.items()
+    }
+    headings = ["loss", "mean gate", "greatest gate", "seconds", "seconds\nof asking"]
+    for heading in headings + ["bytes\nof state"] * any(sizes.values()):
         table.add_column(heading, justify="right")
     for arm in report.arms:
-        results = report.results_of(arm)
+        results = of_arms[arm.name]
         trained = [result.trained for result in results if result.trained is not None]
         shown = [
             _mean([each[name] for each in trained if name in each], form) for name, form in figures.items()
         ]
         asking = _mean([result.seconds for result in results if result.answers], ",.0f")
-        table.add_row(*arm.factors.values(), *shown, asking)
+        state = [f"{sizes[arm.name]:,}" if sizes[arm.name] else "-"] * any(sizes.values())
+        table.add_row(*arm.factors.values(), *shown, asking, *state)
     return table
 
 
@@ -137,38 +192,80 @@ def _range(figures: Sequence[float], form: str) -> str:
     return _mean(figures, form) + (f" [{lowest}, {highest}]" if lowest != highest else "")
 
 
-def _length(tokens: int) -> str:
-    """32768 as 32K, 1048576 as 1M."""
-    for unit, name in ((1 << 20, "M"), (1 << 10, "K")):
-        if tokens % unit == 0:
-            return f"{tokens // unit}{name}"
-    return f"{tokens:,}"
+def _panels(report: StudyReport, question: str) -> list[Callable[["Axes"], None]]:
+    """What draws a question's panels."""
+    if isinstance(report.study.ask[question], PasskeyQuestion):
+        return [partial(_draw_by_length, report=report, question=question)]
+    cells = report.study.ask[question].columns()
+    return [partial(_draw_by_state, report=report, question=question, cell=cell) for cell in cells]
 
 
-def _draw(axes: "Axes", report: StudyReport, arm: Arm, question: str) -> None:
+def _draw_by_length(axes: "Axes", report: StudyReport, question: str) -> None:
     """The mean of the seeds, and each of them as a point; one seed alone has its interval as a band."""
-    scores = {
-        length: [score.exact_match for score in report.scores(arm, question, length)]
-        for length in report.study.ask[question].lengths
-    }
-    reached = [length for length, shares in scores.items() if shares]
-    colour, style, marker = _look(report, arm)
-    axes.plot(
-        reached,
-        [100 * statistics.fmean(each.share for each in scores[length]) for length in reached],
-        style,
-        color=colour,
-        marker=marker,
-        markersize=5,
-        label=", ".join(arm.factors.values()) or arm.name,
-    )
-    if len(report.study.seeds) > 1:
-        places = [length for length in reached for _ in scores[length]]
-        shares = [100 * each.share for length in reached for each in scores[length]]
-        axes.plot(places, shares, "o", color=colour, markersize=2.5, alpha=0.6)
-        return
-    low, high = ([100 * getattr(scores[length][0], end) for length in reached] for end in ("low", "high"))
-    axes.fill_between(reached, low, high, color=colour, alpha=0.07, linewidth=0)
+    columns = report.study.ask[question].columns()
+    for arm in report.arms:
+        shares = {
+            length: [answer.right for answer in report.answers(arm, question, (length,))]
+            for (length,) in columns
+        }
+        shares = {length: of_seeds for length, of_seeds in shares.items() if of_seeds}
+        colour, style, marker = _look(report, arm)
+        axes.plot(
+            [*shares],
+            [_mean_percent(of_seeds) for of_seeds in shares.values()],
+            style,
+            color=colour,
+            marker=marker,
+            markersize=5,
+            label=_legend(arm),
+        )
+        if len(report.study.seeds) > 1:
+            for length, of_seeds in shares.items():
+                _draw_seeds(axes, length, of_seeds, colour)
+            continue
+        low, high = (
+            [100 * getattr(of_seeds[0], end) for of_seeds in shares.values()] for end in ("low", "high")
+        )
+        axes.fill_between([*shares], low, high, color=colour, alpha=0.07, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([length for (length,) in columns], [*columns.values()])
+    axes.set(title=question, xlabel="tokens")
+
+
+def _draw_by_state(axes: "Axes", report: StudyReport, question: str, cell: Cell) -> None:
+    """The mean of the seeds, and each of them as a point; one seed alone has its interval as a bar."""
+    for arm in report.arms:
+        answers = report.answers(arm, question, cell)
+        shares = [answer.right for answer in answers]
+        size = _state_bytes(answers)
+        colour, _, marker = _look(report, arm)
+        mean = [_mean_percent(shares)] if shares else []
+        axes.plot([size] * len(mean), mean, marker, color=colour, markersize=6, label=_legend(arm))
+        if len(report.study.seeds) > 1:
+            _draw_seeds(axes, size, shares, colour)
+        elif shares:
+            axes.vlines(size, 100 * shares[0].low, 100 * shares[0].high, color=colour, alpha=0.5)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda size, _: short_length(round(size)))
+    axes.set(title=f"{question}: {report.study.ask[question].columns()[cell]}", xlabel="bytes of state")
+
+
+def _draw_seeds(axes: "Axes", place: float, shares: Sequence[Proportion], colour: str) -> None:
+    percent = [100 * each.share for each in shares]
+    axes.plot([place] * len(percent), percent, "o", color=colour, markersize=2.5, alpha=0.6)
+
+
+def _state_bytes(answers: Sequence[Answer]) -> int:
+    """The most that a model carries to the end of what it was asked; 0 where nothing is known of that."""
+    return max((each.score.state_bytes for each in answers if isinstance(each, RecallAnswer)), default=0)
+
+
+def _mean_percent(shares: Sequence[Proportion]) -> float:
+    return 100 * statistics.fmean(each.share for each in shares)
+
+
+def _legend(arm: Arm) -> str:
+    return ", ".join(arm.factors.values()) or arm.name
 
 
 def _look(report: StudyReport, arm: Arm) -> tuple[str, str, str]:

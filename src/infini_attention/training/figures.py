@@ -35,7 +35,7 @@ def measured(trainer: InfiniTrainer, material: Material) -> dict[str, float]:
 
 
 def _recall(trainer: InfiniTrainer, part: str | None) -> float:
-    """The part of the copy task's questions that the model answers right."""
+    """The part of the questions of a task that makes its own tokens that the model answers right."""
 
     def count(batch: Batch) -> tuple[Tensor, Tensor]:
         right, asked = _answers(trainer, batch)

@@ -11,6 +11,7 @@ from transformers import (
     default_data_collator,
 )
 
+from infini_attention.data.associative_recall import AssociativeRecall
 from infini_attention.data.copy_task import CopyTask
 from infini_attention.data.documents import Documents, pinned
 from infini_attention.data.passkey import PasskeyTask
@@ -19,9 +20,15 @@ from infini_attention.data.summaries import SummariesTask, open_summaries, with_
 from infini_attention.data.tokenizers import open_tokenizer
 from infini_attention.data.windows import CarriedWindows, PackedDocuments, Windows
 from infini_attention.training.models import segment_length_of
-from infini_attention.training.recipe import DataRecipe, PasskeyRecipe, Recipe, SummariesRecipe
+from infini_attention.training.recipe import (
+    AssociativeRecallRecipe,
+    DataRecipe,
+    PasskeyRecipe,
+    Recipe,
+    SummariesRecipe,
+)
 
-HELD_OUT = 1000  # sequences of the copy task that recall is measured on
+HELD_OUT = 1000  # sequences of the copy task, or of a cell's associative recall, that recall is measured on
 HELD_OUT_PROMPTS = 128  # with pass keys, as long as the longest trained on,
 LONGER = 4  # and so many times longer
 
@@ -45,6 +52,8 @@ def load_material(recipe: Recipe) -> Material:
         task = CopyTask(**asdict(data.copy_task), seed=args.seed)
         fresh = CopyTask(**asdict(replace(data.copy_task, examples=HELD_OUT)), seed=args.seed + 1)
         return Material(task, fresh, "recall", task.vocab_size, None)
+    if data.associative_recall is not None:
+        return _associative_recall(recipe, data.associative_recall)
     if data.passkey is not None:
         return _passkeys(recipe, data.passkey)
     if data.summaries is not None:
@@ -67,6 +76,21 @@ def tokenizer_of(recipe: Recipe) -> Any:
     assert name is not None
     tokenizer = open_tokenizer(name)
     return tokenizer if recipe.data.summaries is None else with_end(tokenizer)
+
+
+def _associative_recall(recipe: Recipe, chosen: AssociativeRecallRecipe) -> Material:
+    """Rows to train on, and others of each cell."""
+    seed, settings = recipe.training.seed, vars(chosen).copy()
+    across_segments = settings.pop("across_segments")
+    settings["segment_length"] = segment_length_of(recipe.model) if across_segments else None
+    held_out: dict[str, Dataset] = {
+        f"{pairs}_pairs_in_{length}": AssociativeRecall(
+            **settings | {"examples": HELD_OUT, "grid": [(length, pairs)]}, seed=seed + 1
+        )
+        for length, pairs in chosen.grid
+    }
+    task = AssociativeRecall(**settings, seed=seed)
+    return Material(task, held_out, "recall", task.vocab_size, None)
 
 
 def _passkeys(recipe: Recipe, chosen: PasskeyRecipe) -> Material:

@@ -16,7 +16,7 @@ from infini_attention.models.adapters import add_adapter, is_adapter, load_adapt
 from infini_attention.models.config import InfiniConfigMixin
 from infini_attention.models.memory_off import SHUT
 from infini_attention.ops.options import check_choice
-from infini_attention.training.recipe import ModelRecipe
+from infini_attention.training.recipe import SETTINGS_OF_BASELINES, ModelRecipe
 
 
 def make_model(recipe: ModelRecipe, vocab_size: int) -> Any:
@@ -101,12 +101,9 @@ def _fresh(recipe: ModelRecipe, vocab_size: int, settings: dict[str, Any]) -> An
 def _fresh_baseline(recipe: ModelRecipe, vocab_size: int) -> Any:
     assert recipe.baseline is not None
     check_choice("model.baseline", recipe.baseline, list(BASELINES))
-    settings: dict[str, Any] = {"segment_length": recipe.segment_length}
-    if recipe.gate_init is not None:
-        settings["gate_init"] = recipe.gate_init
-    return _of_sizes(
-        recipe, BASELINES[recipe.baseline], vocab_size, settings, {"segment_length", "gate_init"}
-    )
+    names = ("segment_length", *SETTINGS_OF_BASELINES.get(recipe.baseline, ()))
+    settings = {name: value for name in names if (value := getattr(recipe, name)) is not None}
+    return _of_sizes(recipe, BASELINES[recipe.baseline], vocab_size, settings, {*names})
 
 
 def _of_sizes(

@@ -11,6 +11,12 @@ from infini_attention.data.documents import Documents
 from infini_attention.data.summaries import GENERAL
 from infini_attention.training.arguments import InfiniTrainingArguments
 
+SETTINGS_OF_BASELINES = {
+    "memorizing": ("gate_init",),
+    "linear_attention": ("feature_map", "short_convolution"),
+}
+"""Settings of a memory that some baselines have, too."""
+
 
 @dataclass
 class LoraRecipe:
@@ -39,15 +45,16 @@ class ModelRecipe:
         lora: Train an adapter of the base, which stays as it is; the output is then an adapter.
         family: Of fresh weights: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3, smollm3 or granite.
         baseline: Another system on the same skeleton, with fresh weights: full, sliding_window,
-            transformer_xl, memorizing or recurrent_memory. None for Infini-attention.
+            transformer_xl, memorizing, linear_attention or recurrent_memory. None for Infini-attention.
         sizes: Fields of the family's config, for fresh weights, and of the baseline's, such as window;
             the vocabulary's size comes from the data.
         segment_length: Tokens a segment.
         update_rule: linear or delta.
-        feature_map: Of the memory.
+        feature_map: Of the memory, also of linear_attention.
         normalization: Of what the memory answers: sum, root, none or unit.
         empty_memory: local or gated.
-        short_convolution: Tokens that every query and key is a mixture of; 0 for none, or say 8.
+        short_convolution: Tokens that every query and key is a mixture of, also of linear_attention; 0 for
+            none, or say 8.
         layers: That get a memory; by default all that can have one.
         gate_init: Logit of every gate, also of memorizing; by default 0 for fresh weights and -4 for a
             retrofit.
@@ -85,6 +92,27 @@ class CopyTaskRecipe:
     keys: int = 8
     values: int = 16
     segments_back: int = 2
+
+
+@dataclass
+class AssociativeRecallRecipe:
+    """Associative recall (MQAR). See `infini_attention.data.associative_recall`.
+
+    Attributes:
+        examples: How many there are.
+        grid: Cells such as [64, 4], tokens in a row and pairs to know; a batch is of one of them.
+        vocab_size: How many tokens there are.
+        power_a: 1 asks anywhere, near 0 mostly soon after the pairs.
+        across_segments: Every key is asked in a later segment than it was told in.
+        rewrites: Share of the keys that are told a second time, with another value.
+    """
+
+    examples: int
+    grid: list[tuple[int, int]]
+    vocab_size: int = 8192
+    power_a: float = 0.01
+    across_segments: bool = False
+    rewrites: float = 0.0
 
 
 @dataclass
@@ -145,7 +173,7 @@ class SummariesRecipe:
 
 @dataclass
 class DataRecipe:
-    """What it is trained on: documents, the copy task, pass keys, or summaries.
+    """What it is trained on: documents, the copy task, associative recall, pass keys, or summaries.
 
     Attributes:
         documents: To train on.
@@ -157,6 +185,7 @@ class DataRecipe:
             with its own memory; else rows are windows of one document.
         shards: Folder for tokens, which are made once.
         copy_task: Instead of documents.
+        associative_recall: Instead of documents.
         passkey: Instead of documents.
         summaries: Instead of documents.
     """
@@ -169,8 +198,14 @@ class DataRecipe:
     pack: bool = False
     shards: Path = Path("out/tokens")
     copy_task: CopyTaskRecipe | None = None
+    associative_recall: AssociativeRecallRecipe | None = None
     passkey: PasskeyRecipe | None = None
     summaries: SummariesRecipe | None = None
+
+    @property
+    def makes_tokens(self) -> bool:
+        """Whether it is a task whose tokens are of no text."""
+        return self.copy_task is not None or self.associative_recall is not None
 
 
 @dataclass
@@ -183,7 +218,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         model, data = self.model, self.data
-        sources = ("documents", "copy_task", "passkey", "summaries")
+        sources = ("documents", "copy_task", "associative_recall", "passkey", "summaries")
         given = [name for name in sources if getattr(data, name) is not None]
         if len(given) != 1:
             raise ValueError(
@@ -195,7 +230,7 @@ class Recipe:
             raise ValueError(f"model.sizes are set, and model.base {model.base!r} has its own; leave one out")
         if model.lora is not None and model.base is None:
             raise ValueError("model.lora is set, and fresh weights have no base to adapt; leave it out")
-        if data.copy_task is None and data.tokenizer is None and model.base is None:
+        if not data.makes_tokens and data.tokenizer is None and model.base is None:
             raise ValueError("data.tokenizer is not set, and fresh weights have none; set it, say to bytes")
         if data.copy_task is not None and data.copy_task.keys != model.segment_length:
             raise ValueError(
@@ -207,8 +242,9 @@ class Recipe:
                 f"training.least_segments is {self.training.least_segments}, which would cut answers off; "
                 "set data.passkey.least_segments instead"
             )
-        if data.summaries is not None:
-            self._refuse_cuts()
+        for name in ("associative_recall", "summaries"):
+            if getattr(data, name) is not None:
+                self._refuse_cuts(name)
         if model.baseline is not None:
             self._refuse_settings_of_memories()
         if data.documents is None:
@@ -226,19 +262,19 @@ class Recipe:
         if data.pack and self.training.carry_memory:
             raise ValueError("data.pack and training.carry_memory exclude each other; leave one out")
 
-    def _refuse_cuts(self) -> None:
-        """Raise ValueError for what would take a summary from its document."""
+    def _refuse_cuts(self, source: str) -> None:
+        """Raise ValueError for what would take a summary from its document, or questions from their keys."""
         for name in ("least_segments", "carry_memory"):
             if value := getattr(self.training, name):
                 raise ValueError(
-                    f"training.{name} is {value}, and every row of data.summaries is a document by itself, "
-                    "with its summary at the end; leave it out"
+                    f"training.{name} is {value}, and every row of data.{source} is a whole by itself, with "
+                    "what is asked at its end; leave it out"
                 )
 
     def _refuse_settings_of_memories(self) -> None:
         """Raise ValueError for what a baseline has no use for."""
         name, training, usual = self.model.baseline, self.training, ModelRecipe()
-        fields = [
+        useless = [
             "base",
             "lora",
             "update_rule",
@@ -246,10 +282,15 @@ class Recipe:
             "normalization",
             "empty_memory",
             "short_convolution",
+            "layers",
+            "memory",
+            "gate_init",
         ]
-        fields += ["layers", "memory"]
-        fields += ["gate_init"] * (name != "memorizing")
-        given = {f"model.{field}": getattr(self.model, field) != getattr(usual, field) for field in fields}
+        given = {
+            f"model.{field}": getattr(self.model, field) != getattr(usual, field)
+            for field in useless
+            if field not in SETTINGS_OF_BASELINES.get(name or "", ())
+        }
         given |= {
             "data.pack": self.data.pack,
             "training.carry_memory": training.carry_memory,
@@ -269,9 +310,7 @@ class Recipe:
 
     def _refuse_settings_of_documents(self) -> None:
         """Raise ValueError for what a task that makes its own rows would not use."""
-        names = ["more_documents", "validation", "length", "pack"] + ["tokenizer"] * (
-            self.data.copy_task is not None
-        )
+        names = ["more_documents", "validation", "length", "pack"] + ["tokenizer"] * self.data.makes_tokens
         given = [name for name in names if getattr(self.data, name) != getattr(DataRecipe(), name)]
         if given:
             raise ValueError(

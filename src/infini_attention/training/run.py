@@ -67,6 +67,10 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     if data.copy_task is not None:
         task = CopyTask(**asdict(data.copy_task))
         source, vocab_size, length = "the copy task", task.vocab_size, len(task[0]["input_ids"])
+    elif data.associative_recall is not None:
+        chosen = data.associative_recall
+        source, vocab_size = "associative recall", chosen.vocab_size
+        length = max(tokens for tokens, _ in chosen.grid)
     elif data.passkey is not None:
         length = data.passkey.most_segments * segment_length_of(recipe.model)
         source, vocab_size = "pass keys", len(tokenizer_of(recipe))
