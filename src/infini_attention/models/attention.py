@@ -32,6 +32,7 @@ class SegmentContext(NamedTuple):
         document_positions: of each token inside its own document, (length,), for packed ones, else None.
         segment_weights: (rows, segments) how often each segment counts in memory; None for once.
         context_group: the process group whose ranks hold runs of segments of these rows, if there is one.
+        tokens_before: (batch,) what rows have before this process's run; None without a group.
     """
 
     padding_mask: Tensor | None
@@ -40,6 +41,7 @@ class SegmentContext(NamedTuple):
     document_positions: Tensor | None = None
     segment_weights: Tensor | None = None
     context_group: Any = None
+    tokens_before: Tensor | None = None
 
 
 class FamilyAttentionMixin(nn.Module):
@@ -173,6 +175,7 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
         self, key: Tensor, value: Tensor, state: MemoryState | None, segment_context: SegmentContext
     ) -> MemoryState:
         """The state before this process's first token."""
+        assert segment_context.tokens_before is not None
         return incoming_state(
             key,
             value,
@@ -182,6 +185,7 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
             normalization=self.config.normalization,
             segment_weights=segment_context.segment_weights,
             state=state,
+            tokens_before=segment_context.tokens_before,
             group=segment_context.context_group,
         )
 
