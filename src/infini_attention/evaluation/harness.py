@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatch
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -172,31 +172,42 @@ def require_lm_eval() -> None:
 
 
 def _found(tasks: Sequence[str], folders: list[Path], metadata: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """What loads tasks, and those asked for, by name; ValueError where there is nothing of the kind.
-
-    A group's task is named as it is in reports, `GROUP::TASK`, and comes loaded.
-    """
+    """What loads tasks, and those asked for, by name or settings; ValueError where there is no such task."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
-    wholes = [task.partition("::")[0] for task in tasks]
     own = ", ".join(manager.all_tasks)
-    if not all(manager.match_tasks([whole]) for whole in wholes):  # lm-eval's own take long to look at
-        manager = TaskManager(include_path=folders, metadata=metadata)
+    if not all("::" in task or manager.match_tasks([task]) for task in tasks):
+        manager = TaskManager(include_path=folders, metadata=metadata)  # lm-eval's own take long to look at
     found: dict[str, Any] = {}
-    for task, whole in zip(tasks, wholes, strict=True):
-        names = manager.match_tasks([whole])
-        if task == whole:
-            matching = dict(zip(names, names, strict=True))
-        else:
-            loaded = manager.load(names)["tasks"]
-            matching = {name: each for name, each in loaded.items() if fnmatch(name, task)}
-        if not matching:
+    for task in tasks:
+        names = manager.match_tasks([task])
+        if not (
+            matching := _members(task, folders) if "::" in task else dict(zip(names, names, strict=True))
+        ):
             raise ValueError(
                 f"no task is called {task!r}; here are {own}, and `lm_eval ls tasks` lists others"
             )
         found |= matching
     return manager, [*found.values()]
+
+
+def _members(asked: str, folders: list[Path]) -> dict[str, Any]:
+    """Settings of the tasks `GROUP::TASK` that match, by name; lm-eval itself knows no part of a group."""
+    from lm_eval.config.group import GroupConfig
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    of_groups = {field.name for field in fields(GroupConfig)}
+    found = {}
+    for path in (path for folder in folders for path in sorted(folder.glob("**/*.yaml"))):
+        if fnmatch(path.stem, asked.partition("::")[0]):
+            group = load_yaml(path)
+            shared = {name: value for name, value in group.items() if name not in of_groups}
+            for member in group["task"] if "group" in group else ():
+                name = f"{group['group']}::{member['task']}"
+                if fnmatch(name, asked):
+                    found[name] = shared | member | {"task": name}
+    return found
 
 
 def _figures(results: dict[str, Any]) -> Iterator[Figure]:
