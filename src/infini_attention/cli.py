@@ -422,7 +422,7 @@ def evaluate(
 
     Args:
         tasks: Names of tasks, groups or tags, or patterns, with commas between; GROUP::TASK for one of a
-            group. Those that come with it, and need no network, begin with infini_.
+            group. Those that come with it begin with infini_ and need no network.
         include_path: A folder with more task files.
         limit: Documents of each task at most, or below 1 their share.
         num_fewshot: Examples before each question; by default what a task has.

@@ -181,10 +181,9 @@ def _found(tasks: Sequence[str], folders: list[Path], metadata: dict[str, Any]) 
         manager = TaskManager(include_path=folders, metadata=metadata)  # lm-eval's own take long to look at
     found: dict[str, Any] = {}
     for task in tasks:
-        names = manager.match_tasks([task])
-        if not (
-            matching := _members(task, folders) if "::" in task else dict(zip(names, names, strict=True))
-        ):
+        named = {name: name for name in manager.match_tasks([task])}
+        matching = _members(task, folders) if "::" in task else named
+        if not matching:
             raise ValueError(
                 f"no task is called {task!r}; here are {own}, and `lm_eval ls tasks` lists others"
             )
