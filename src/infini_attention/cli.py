@@ -421,13 +421,13 @@ def evaluate(
     """Ask tasks of EleutherAI's lm-evaluation-harness, each request streamed whole, whatever its length.
 
     Args:
-        tasks: Names of tasks, groups or tags, or patterns, with commas between. Those that come with it, and
-            need no network, begin with infini_.
+        tasks: Names of tasks, groups or tags, or patterns, with commas between; GROUP::TASK for one of a
+            group. Those that come with it begin with infini_ and need no network.
         include_path: A folder with more task files.
         limit: Documents of each task at most, or below 1 their share.
         num_fewshot: Examples before each question; by default what a task has.
-        data_files: Text files, or patterns, that infini_books and infini_continuation are made from, such as
-            '[mine.txt]'; by default three plays.
+        data_files: Text files, or patterns, that infini_books and infini_continuation are made from, and
+            that infini_babi hides facts in, such as '[mine.txt]'; by default plays.
         batch_size: Rows that are read side by side. Changes speed and working memory.
         memory_reset: The control, which empties the memory before every continuation.
         chat: Put questions into the tokenizer's chat template.
