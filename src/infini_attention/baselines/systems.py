@@ -54,6 +54,8 @@ def _infini_name(config: Any, first: str) -> str:
     """`first`, and of the other settings those that are not the paper's and matter."""
     usual = {} if first == LOCAL_ONLY else {"feature_map": "elu1", "normalization": "sum"}
     others = [getattr(config, name) for name, value in usual.items() if getattr(config, name) != value]
+    if config.local_attention != "segment":
+        others.append(f"{config.sink_tokens} sinks" if config.local_attention == "sink" else "sliding")
     if config.short_convolution:
         others.append(f"convolution of {config.short_convolution}")
     return ", ".join([first, *others])

@@ -111,6 +111,8 @@ def stream(
     update_rule: str | None = None,
     feature_map: str | None = None,
     normalization: str | None = None,
+    local_attention: str | None = None,
+    sink_tokens: int | None = None,
     gate_init: float | None = None,
     chunk_length: int | None = None,
     max_tokens: int | None = None,
@@ -129,6 +131,8 @@ def stream(
         update_rule: linear or delta, when retrofitting; default linear.
         feature_map: Feature map of the memory, when retrofitting; default elu1.
         normalization: Of what the memory answers, when retrofitting; default sum.
+        local_attention: segment, sliding or sink, when retrofitting; default segment.
+        sink_tokens: How many of the first tokens sink keeps in sight, when retrofitting; default 4.
         gate_init: Logit of every gate, when retrofitting; default -4, which gives the memory 1.8 percent.
         chunk_length: Tokens that go through the model at once; default whole segments of at least 1024 tokens
             in sum. Changes speed and working memory, no figure.
@@ -146,6 +150,8 @@ def stream(
         "update_rule": update_rule,
         "feature_map": feature_map,
         "normalization": normalization,
+        "local_attention": local_attention,
+        "sink_tokens": sink_tokens,
         "gate_init": gate_init,
     }
     given = {name: value for name, value in settings.items() if value is not None}

@@ -158,6 +158,18 @@ class StepBuffers:
             for layer in range(len(self.memory))
         ]
 
+    def committed(self) -> dict[str, Tensor]:
+        """What all layers know of every row as of its last whole segment, (layers, rows, ...), by name."""
+        kept = {"memory": self.memory, "normalizer": self.normalizer}
+        if self.recent.numel():
+            kept["recent"] = self.recent
+        if context := self.context_tokens:
+            for name, outside in _LOCAL.items():
+                kept[outside] = getattr(self, name)[:, :, :, :context]
+        if self._slides:
+            kept |= {"earlier_memory": self.earlier_memory, "earlier_normalizer": self.earlier_normalizer}
+        return kept
+
     def look_back(self, layer: int, recent: Tensor | None) -> None:
         """Take over what the layer's short convolution looks back at, for active rows; part of the step."""
         if recent is not None:

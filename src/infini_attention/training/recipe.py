@@ -47,6 +47,8 @@ class ModelRecipe:
         feature_map: Of the memory.
         normalization: Of what the memory answers: sum, root, none or unit.
         empty_memory: local or gated.
+        local_attention: segment, sliding or sink: what a token attends to beside the memory.
+        sink_tokens: How many of the first tokens sink keeps in sight.
         short_convolution: Tokens that every query and key is a mixture of; 0 for none, or say 8.
         layers: That get a memory; by default all that can have one.
         gate_init: Logit of every gate, also of memorizing; by default 0 for fresh weights and -4 for a
@@ -64,6 +66,8 @@ class ModelRecipe:
     feature_map: str = "elu1"
     normalization: str = "sum"
     empty_memory: str = "local"
+    local_attention: str = "segment"
+    sink_tokens: int = 4
     short_convolution: int = 0
     layers: list[int] | None = None
     gate_init: float | None = None
@@ -245,6 +249,8 @@ class Recipe:
             "feature_map",
             "normalization",
             "empty_memory",
+            "local_attention",
+            "sink_tokens",
             "short_convolution",
         ]
         fields += ["layers", "memory"]
