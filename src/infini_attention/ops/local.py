@@ -80,7 +80,9 @@ def _softcapped(
 
 def _lower_right(query: Tensor, key: Tensor) -> Tensor:
     """The causal mask of fewer queries than keys; on a GPU in words that its fast kernels understand."""
-    return causal_lower_right(query.shape[2], key.shape[2]) if query.is_cuda else _causal(query, key)
+    if query.is_cuda and not torch.compiler.is_compiling():  # which cannot make such words inside a graph
+        return causal_lower_right(query.shape[2], key.shape[2])
+    return _causal(query, key)
 
 
 def _causal(query: Tensor, key: Tensor) -> Tensor:

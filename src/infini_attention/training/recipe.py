@@ -213,6 +213,12 @@ class Recipe:
             )
         if data.summaries is not None:
             self._refuse_cuts()
+        if model.local_attention != "segment" and self.training.context_parallel_size > 1:
+            raise ValueError(
+                f"training.context_parallel_size is {self.training.context_parallel_size}, and with "
+                f"model.local_attention {model.local_attention!r} tokens see keys that another process "
+                "holds; leave one out"
+            )
         if model.baseline is not None:
             self._refuse_settings_of_memories()
         if data.documents is None:
