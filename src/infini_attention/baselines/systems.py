@@ -55,7 +55,7 @@ def _infini_name(config: Any, first: str) -> str:
     usual = {} if first == LOCAL_ONLY else {"feature_map": "elu1", "normalization": "sum"}
     others = [getattr(config, name) for name, value in usual.items() if getattr(config, name) != value]
     if config.local_attention != "segment":
-        others.append(f"{config.sink_tokens} sinks" if config.local_attention == "sink" else "sliding")
+        others.append(config.local_attention_name)
     if config.short_convolution:
         others.append(f"convolution of {config.short_convolution}")
     return ", ".join([first, *others])

@@ -73,6 +73,7 @@ class Setting:
     text: str | None
     prompts: Prompts | None
     length: int
+    local_attention: str = "segment"  # as `local_attention_name`; older reports have none
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,7 @@ def gates(
             update_rule=model.config.update_rule,
             feature_map=model.config.feature_map,
             normalization=model.config.normalization,
+            local_attention=model.config.local_attention_name,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
             text=text,

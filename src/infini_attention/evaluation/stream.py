@@ -45,6 +45,7 @@ class Setting:
     device: str
     chunk_length: int
     cache_bytes_per_token: int
+    local_attention: str = "segment"  # as `local_attention_name`; older reports have none
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,7 @@ def _setting(model: Any, name: str, retrofitted: bool, chunk_length: int) -> Set
         update_rule=config.update_rule,
         feature_map=config.feature_map,
         normalization=config.normalization,
+        local_attention=config.local_attention_name,
         gate_share=torch.stack(gates).sigmoid().mean().item(),
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),

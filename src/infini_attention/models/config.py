@@ -97,6 +97,11 @@ class InfiniConfigMixin:
             self.local_attention, segment_length=self.segment_length, sink_tokens=self.sink_tokens
         )
 
+    @property
+    def local_attention_name(self) -> str:
+        """Local attention as reports name it: "segment", "sliding", or such as "4 sinks"."""
+        return f"{self.sink_tokens} sinks" if self.local_attention == "sink" else self.local_attention
+
     def layer_type(self, layer: int) -> str:
         """What the family calls the attention of `layer`: "full_attention", or "sliding_attention"."""
         layer_types = getattr(self, "layer_types", None)
