@@ -87,6 +87,7 @@ WRONG = {
         good(local_attention="sink", sink_tokens=5),
         "sink_tokens is 5; give from 1 to segment_length, 4",
     ),
+    "half a sink": (good(local_attention="sink", sink_tokens=2.5), "sink_tokens is 2.5; give from 1 to"),
     "no sinks": (good(local_attention="sink", sink_tokens=0), "sink_tokens is 0; give from 1 to"),
     "a key for nobody": (
         good(context_key=torch.randn(2, 2, 10, 8)),

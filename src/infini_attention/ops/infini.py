@@ -161,8 +161,6 @@ def infini_attention(
         feature_map=sigma,
         normalization=normalization,
         empty_memory=empty_memory,
-        local_attention=local_attention,
-        context_tokens=context,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap,
     )

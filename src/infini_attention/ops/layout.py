@@ -23,9 +23,8 @@ class Stretches:
 
     `starts` and `counts` are in tokens of the row, `used` are tokens that the run's segment holds already.
     `columns` says which of the call's segments each run lies in, `first` whether that is its row's first of
-    all. Where the runs are the same slice of every
-    row, `span` is that slice; else `index` holds their flat (batch * length) positions, (runs, width), in
-    which places beyond a run's end repeat a real token.
+    all. Where the runs are the same slice of every row, `span` is that slice; else `index` holds their flat
+    (batch * length) positions, (runs, width), in which places beyond a run's end repeat a real token.
     """
 
     rows: list[int]

@@ -21,9 +21,10 @@ LOCAL_ATTENTION = ("segment", "sliding", "sink")
 def context_tokens(local_attention: str, *, segment_length: int, sink_tokens: int) -> int:
     """How many tokens outside its own segment a token sees; ValueError for settings that cannot be right."""
     check_choice("local_attention", local_attention, LOCAL_ATTENTION)
-    if local_attention == "sink" and not 1 <= sink_tokens <= segment_length:
+    whole = isinstance(sink_tokens, int) and not isinstance(sink_tokens, bool)
+    if local_attention == "sink" and not (whole and 1 <= sink_tokens <= segment_length):
         raise ValueError(
-            f"sink_tokens is {sink_tokens}; give from 1 to segment_length, {segment_length}, or choose "
+            f"sink_tokens is {sink_tokens!r}; give from 1 to segment_length, {segment_length}, or choose "
             "local_attention='segment'"
         )
     return {"segment": 0, "sliding": segment_length, "sink": sink_tokens}[local_attention]

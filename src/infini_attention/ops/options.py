@@ -18,7 +18,6 @@ class Options:
     """Settings of one call, all checked; names as in `infini_attention`.
 
     `feature_map` is the one that `normalized` gives: backends need not know that one normalization scales it.
-    `context_tokens` are those outside its own segment that a token sees, see `ops.local`.
     """
 
     segment_length: int
@@ -26,8 +25,6 @@ class Options:
     feature_map: FeatureMap
     normalization: str
     empty_memory: str
-    local_attention: str
-    context_tokens: int
     scale: float
     softcap: float | None
 
