@@ -29,9 +29,7 @@ from infini_attention.ops.state import state_dtype
 from infini_attention.streaming.fingerprint import Fingerprint
 
 KIND, FORMAT = "infini-attention state", 3
-OLDER = {
-    2: {"local_attention": "segment", "sink_tokens": 0}
-}  # formats that are read too, and what they leave out
+OLDER = {2: {"local_attention": "segment", "sink_tokens": 0}}  # formats read too, and what they leave out
 MOST_HEADER = 2**20  # bytes
 BLOCK = 2**20  # bytes that are read at once
 MOST_NUMBER, MOST_DIMENSIONS = 2**62, 5
@@ -374,9 +372,8 @@ def _parsed(start: bytes, size: int) -> _Header:
     facts = _json(metadata[KIND].encode(errors="replace"))
     number = facts.get("format")
     if type(number) is not int or number not in (*OLDER, FORMAT):
-        raise _Wrong(
-            f"it is of format {number!r}, and this version reads {', '.join(map(str, (*OLDER, FORMAT)))}"
-        )
+        known = ", ".join(map(str, (*OLDER, FORMAT)))
+        raise _Wrong(f"it is of format {number!r}, and this version reads {known}")
     _check_keys(facts, ["format", "fingerprint", "tokens", "digest", "snapshots", "sha256"])
     return _Header(
         raw=start[:end],
