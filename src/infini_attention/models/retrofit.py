@@ -40,7 +40,8 @@ def retrofit(
         normalization: of what memory answers: "sum", "root", "none" or "unit"; see
             `infini_attention.ops.infini_attention`.
         empty_memory: "local" or "gated"; see `infini_attention.ops.infini_attention`.
-        local_attention: "segment", "sliding" or "sink"; see there.
+        local_attention: "segment", "sliding" or "sink"; see there. Many pre-trained models attend to a text's
+            first tokens throughout, as sinks; "sliding" loses sight of them, so it wants training.
         sink_tokens: how many of the text's first tokens "sink" keeps in sight.
         short_convolution: tokens that every query and key becomes a mixture of, which begins as the token
             itself alone; 0 for none. See `ops.convolution`.
