@@ -28,6 +28,8 @@ class Reader:
         update_rule: linear or delta, when retrofitting; by default linear.
         feature_map: Feature map of the memory, when retrofitting; by default elu1.
         normalization: sum, root, none or unit, when retrofitting; by default sum.
+        local_attention: segment, sliding or sink, when retrofitting; by default segment.
+        sink_tokens: How many of the first tokens sink keeps in sight, when retrofitting; by default 4.
         gate_init: Logit of every gate, when retrofitting; by default -4.
         dtype: float32, bfloat16 or auto, which takes bfloat16 on a GPU and float32 on a CPU.
         device: A device of torch, or auto, which takes the first GPU, else the CPU.
@@ -38,6 +40,8 @@ class Reader:
     update_rule: str | None = None
     feature_map: str | None = None
     normalization: str | None = None
+    local_attention: str | None = None
+    sink_tokens: int | None = None
     gate_init: float | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -119,6 +123,8 @@ def stream(
     update_rule: str | None = None,
     feature_map: str | None = None,
     normalization: str | None = None,
+    local_attention: str | None = None,
+    sink_tokens: int | None = None,
     gate_init: float | None = None,
     chunk_length: int | None = None,
     max_tokens: int | None = None,
@@ -139,6 +145,8 @@ def stream(
         update_rule: linear or delta, when retrofitting; by default linear.
         feature_map: Feature map of the memory, when retrofitting; by default elu1.
         normalization: sum, root, none or unit, when retrofitting; by default sum.
+        local_attention: segment, sliding or sink, when retrofitting; by default segment.
+        sink_tokens: How many of the first tokens sink keeps in sight, when retrofitting; by default 4.
         gate_init: Logit of every gate, when retrofitting; by default -4, which gives the memory 1.8 percent.
         chunk_length: Tokens that go through the model at once; default whole segments of at least 1024
             tokens. Changes speed and working memory, no figure.
@@ -162,6 +170,8 @@ def stream(
         update_rule=update_rule,
         feature_map=feature_map,
         normalization=normalization,
+        local_attention=local_attention,
+        sink_tokens=sink_tokens,
         gate_init=gate_init,
         chunk_length=chunk_length,
         max_tokens=max_tokens,
@@ -775,6 +785,8 @@ def retrofit(
     feature_map: str = "elu1",
     normalization: str = "sum",
     empty_memory: str = "local",
+    local_attention: str = "segment",
+    sink_tokens: int = 4,
     short_convolution: int = 0,
     layers: list[int] | None = None,
     gate_init: float = -4.0,
@@ -792,6 +804,9 @@ def retrofit(
         feature_map: Feature map of the memory.
         normalization: sum, root, none or unit.
         empty_memory: What a first segment, with nothing before it, gets: local or gated.
+        local_attention: What a token attends to beside the memory: segment, its own; sliding, the one before
+            it too; sink, the text's first tokens too.
+        sink_tokens: How many those are.
         short_convolution: Tokens that every query and key is a mixture of; 0 for none.
         layers: That get a memory, such as '[4, 5, 6]'; by default all that can have one.
         gate_init: Logit of every gate; -4 gives the memory 1.8 % of each output.
@@ -812,6 +827,8 @@ def retrofit(
         feature_map=feature_map,
         normalization=normalization,
         empty_memory=empty_memory,
+        local_attention=local_attention,
+        sink_tokens=sink_tokens,
         short_convolution=short_convolution,
         layers=layers,
         gate_init=gate_init,
@@ -971,7 +988,15 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "gates": gates,
     "doctor": doctor,
 }
-RETROFIT = ("segment_length", "update_rule", "feature_map", "normalization", "gate_init")
+RETROFIT = (
+    "segment_length",
+    "update_rule",
+    "feature_map",
+    "normalization",
+    "local_attention",
+    "sink_tokens",
+    "gate_init",
+)
 
 
 def _parser() -> ArgumentParser:

@@ -470,7 +470,9 @@ def refusals_alone() -> list[str]:
     wide = MemoryState.empty(2, 1, 2, 2, segment_length=N)
     other = MemoryState.empty(1, 1, 2, 2, segment_length=2 * N)
     fp64 = MemoryState.empty(1, 1, 2, 2, segment_length=N, dtype=torch.float64)
-    wrong = [{"update_rule": "detla"}, {"feature_map": "elu"}, *({"state": x} for x in (wide, other, fp64))]
+    sliding = MemoryState.empty(1, 1, 2, 2, segment_length=N, local_attention="sliding")
+    states = [{"state": state} for state in (wide, other, fp64, sliding)]
+    wrong = [{"update_rule": "detla"}, {"feature_map": "elu"}, *states]
     return [refusal_alone(**settings) for settings in wrong]
 
 
@@ -482,6 +484,7 @@ def test_what_cannot_be_right_is_refused_with_a_remedy() -> None:
         "state.memory is (2, 1, 2, 2) torch.float32; these inputs need (1, 1, 2, 2)",
         "segment_length 8, this call has 4; use the same",
         "state.memory is (1, 1, 2, 2) torch.float64",
+        "local_attention 'sliding', whose keys the other ranks would not see; use 'segment'",
     )
     for text, wanted in zip(texts, words, strict=True):
         assert wanted in text

@@ -178,6 +178,7 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
             # Nobody reads these two. A mask that already has four dimensions keeps the family's forward from
             # building one of length x length; short positions keep its rotary embedding in range.
             masks, position_ids = like.new_empty(0, 0, 0, 0), positions
+        rotations, context_rotations = self._rotations(like, positions)
         return super().forward(
             input_ids=input_ids,
             attention_mask=masks,
@@ -187,11 +188,12 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
             segment_context=SegmentContext(
                 padding_mask,
                 cu_seqlens,
-                self._rotations(like, positions),
+                rotations,
                 None if cu_seqlens is None else positions_of(cu_seqlens, length)[0].to(like.device),
                 segment_weights,
                 context_group,
                 before,
+                context_rotations,
             ),
             **{CACHE_ARGUMENT: cache},
             **kwargs,
@@ -205,10 +207,22 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
     def _checkpoints_activations(self) -> bool:
         return self.gradient_checkpointing and self.training
 
-    def _rotations(self, like: Tensor, positions: Tensor) -> dict[str, Rotation]:
-        """By type of the layers with a memory, the rotation at the tokens' `positions` in their segments."""
+    def _rotations(
+        self, like: Tensor, positions: Tensor
+    ) -> tuple[dict[str, Rotation], dict[str, Rotation] | None]:
+        """`rotations` and `context_rotations` of a SegmentContext, of tokens at these places in segments."""
         types = sorted({self.config.layer_type(layer) for layer in self.config.infini_layers})
-        return {layer_type: self._rotation(like, positions, layer_type) for layer_type in types}
+        outside = self.config.context_tokens
+        if not outside:
+            return {kind: self._rotation(like, positions, kind) for kind in types}, None
+        # Both at once: some embeddings choose their frequencies by the largest position that they are given.
+        both = torch.cat([positions, positions - outside], dim=1)
+        tables = {kind: self._rotation(like, both, kind) for kind in types}
+        own, seen_later = slice(positions.shape[1]), slice(positions.shape[1], None)
+        return (
+            {kind: (cos[:, own], sin[:, own]) for kind, (cos, sin) in tables.items()},
+            {kind: (cos[:, seen_later], sin[:, seen_later]) for kind, (cos, sin) in tables.items()},
+        )
 
     def _rotation(self, like: Tensor, positions: Tensor, layer_type: str) -> Rotation:
         cos, sin = self.rotary_emb(like, positions)
@@ -270,6 +284,11 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
     def _check_context(self, padding_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
         """Raise ValueError where processes cannot share out a sequence."""
         self.config.check_every_layer_has_memory()
+        if self.config.context_tokens:
+            raise ValueError(
+                f"context_group is set, and with local_attention {self.config.local_attention!r} tokens see "
+                "keys that another process holds; use data parallelism, or local_attention='segment'"
+            )
         if padding_mask is not None or cu_seqlens is not None:
             raise ValueError(
                 "context_group is set, and rows are padded or packed: their cuts would not fall where "

@@ -47,6 +47,7 @@ def incoming_state(
 ) -> MemoryState:
     """The state that this rank's first token meets: what `infini_attention` takes as `state` for its run.
 
+    For local attention of segments alone: with another, tokens would see keys that the rank before holds.
     Collective: every rank of `group` calls it with the next run of the same sequences, without padding or
     packing. The outputs of `infini_attention` are then those of one process; the last rank's state is that
     of the whole sequences. Gradients cross ranks: each calls backward on a loss that its output enters, if
@@ -169,6 +170,11 @@ def _check_state(state: MemoryState, empty: MemoryState, rank: int) -> None:
         raise ValueError(
             f"state was made with segment_length {state.segment_length}, this call has "
             f"{empty.segment_length}; use the same"
+        )
+    if state.local_attention != "segment":
+        raise ValueError(
+            f"state was made with local_attention {state.local_attention!r}, whose keys the other ranks "
+            "would not see; use 'segment'"
         )
     given, needed = (f"{tuple(one.memory.shape)} {one.memory.dtype}" for one in (state, empty))
     if given != needed:
