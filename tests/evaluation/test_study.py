@@ -17,7 +17,9 @@ from rich.console import Console
 pytest.importorskip("accelerate", reason="needs accelerate: pip install 'infini-attention[train]'")
 
 from infini_attention.cli import main
+from infini_attention.evaluation import document_perplexity, summaries
 from infini_attention.evaluation import study as module
+from infini_attention.evaluation.document_perplexity_report import with_interval
 from infini_attention.evaluation.passkey import Outcome, PasskeyReport, Setting
 from infini_attention.evaluation.study import Run, StudyReport, arms_of, plan, read_study, run_study
 from infini_attention.evaluation.study_report import _look, plot, tables
@@ -67,6 +69,19 @@ RECALLED = {
     "ask": {
         "usual": {"grid": [[24, 3], [32, 4]], "examples": 4},
         "rewritten": {"grid": [[32, 4]], "examples": 4, "rewrites": 0.5, "across_segments": True},
+    },
+}
+TALKS = [
+    {"text": "Ann: We ship in May. Bob: Too late. " * 2, "queries": ["When?"], "summaries": ["In May."]},
+    {"text": "Cat: The roof leaks. Dan: Since when?", "queries": ["What?"], "summaries": ["The roof leaks."]},
+    {"text": "Nobody came, and so nothing was said.", "queries": ["Who came?"], "summaries": ["Nobody."]},
+]
+ASKED_ABOUT = {"source": "talks.jsonl", "max_documents": 2}
+READ = {
+    "arms": {"memory": {}, "no memory": {"model.memory": False}},
+    "ask": {
+        "read": {"perplexity_of": ASKED_ABOUT, "max_tokens": 48},
+        "told": {"summaries_of": ASKED_ABOUT, "decoding": {"max_new_tokens": 8}},
     },
 }
 BROKEN = {"arms": {"whole": {}, "broken": {"model.sizes": {"hidden_size": 15, "num_attention_heads": 2}}}}
@@ -189,6 +204,19 @@ def test_all_arms_of_a_seed_come_before_the_next(write: Write, tmp_path: Path) -
             {"recipe_of": RECALL, "ask": {"usual": {"grid": [[12, 3]], "across_segments": True}}},
             "3 pairs in 12 tokens, and to tell and to ask them in segments of 8 takes 14",
         ),
+        (
+            {"recipe_of": RECALL, "ask": READ["ask"]},
+            "talks.jsonl is asked about, and the recipe's data has no",
+        ),
+        (
+            {"set": {"data.passkey": None, "data.documents": {"source": "talks.jsonl"}}, "ask": READ["ask"]},
+            "talks.jsonl is asked about, and trained on; name others, or another split",
+        ),
+        (
+            {"set": {"model.baseline": "full"}, "ask": {"told": READ["ask"]["told"]}},
+            "summaries are asked for, and model.baseline is 'full'",
+        ),
+        ({"ask": {"told": {"summaries_of": ASKED_ABOUT, "decoding": {"top_p": 2}}}}, "top_p is 2"),
     ],
     ids=str,
 )
@@ -432,6 +460,71 @@ def test_systems_are_asked_for_associative_recall_and_what_their_states_hold(
     assert f"{states:,}" in shown
     assert [result.done for result in report.results] == [True] * 3
     assert "3 runs, 0 of them to do" in capsys.readouterr().err
+
+
+@pytest.fixture
+def talks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that `READ` asks about."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps(talk) + "\n" for talk in TALKS))
+    return path
+
+
+@pytest.mark.usefixtures("at_once", "talks")
+def test_models_are_asked_for_perplexity_and_summaries_of_documents(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'infini-attention[eval]'")
+    pytest.importorskip("rouge_score", reason="needs rouge-score: pip install 'infini-attention[eval]'")
+    output, picture = tmp_path / "out", tmp_path / "study.png"
+    main(["study", str(write(**READ)), "-o", str(output), "--plot", str(picture)])
+    shown = flat(capsys.readouterr().out)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    folders = [output / arm / "seed-0" for arm in ("memory", "no_memory")]
+    read = [document_perplexity.read_report(folder / "read.json").figures() for folder in folders]
+    told = [summaries.read_report(folder / "told.json").scores() for folder in folders]
+    of_arms = zip(("memory", "no memory"), read, strict=True)
+    perplexities = [f"{arm} {with_interval(each.token_perplexity, ',.2f')}" for arm, each in of_arms]
+    assert f"What is it?: token perplexity read arm talks.jsonl, 48 of each {' '.join(perplexities)}" in shown
+    assert "(" in perplexities[0]
+    for title, kind in (("", "summary"), (", by a window alone", "windowed")):
+        scores = [with_interval(getattr(each, kind)["overall"], ".2f") for each in told]
+        rows = f"memory {scores[0]} no memory {scores[1]}"
+        assert f"ROUGE, geometric mean{title} told arm talks.jsonl {rows}" in shown
+    off = document_perplexity.read_report(folders[0] / "read.json").figures("off").token_perplexity
+    assert f"shut read arm talks.jsonl, 48 of each memory {with_interval(off, '.2f')} no memory -" in shown
+    assert "in parentheses: 95 % bootstrap intervals over documents" in shown
+
+
+@pytest.mark.usefixtures("at_once", "talks")
+@pytest.mark.parametrize("name", ["read", "told"])
+def test_documents_that_were_not_read_to_the_last_are_no_answer(
+    name: str, write: Write, tmp_path: Path
+) -> None:
+    pytest.importorskip("rouge_score", reason="needs rouge-score: pip install 'infini-attention[eval]'")
+    study, output = read_study(write(ask=READ["ask"])), tmp_path / "out"
+    before = run_study(study, output)
+    path = output / "recipe" / "seed-0" / f"{name}.json"
+    cut_off = json.loads(path.read_text())
+    cut_off |= {"documents": cut_off["documents"][:1], "whole": False}
+    cut_off.pop("scores", None)
+    path.write_text(json.dumps(cut_off))
+    (run,) = plan(study, output)
+    assert not run.done() and run.ask[name].answers(name, run.report(name) or {}) == []
+    after = run_study(study, output)
+    assert after.results[0].done and after.results[0].answers == before.results[0].answers
+
+
+@pytest.mark.usefixtures("at_once")
+def test_answers_about_other_documents_are_not_mixed_in(write: Write, tmp_path: Path, talks: Path) -> None:
+    pytest.importorskip("rouge_score", reason="needs rouge-score: pip install 'infini-attention[eval]'")
+    study = read_study(write(ask=READ["ask"]))
+    run_study(study, tmp_path / "out")
+    (run,) = plan(study, tmp_path / "out")
+    assert run.report("read") is not None and run.report("told") is not None
+    talks.write_text(talks.read_text().replace("May", "June"))
+    assert run.report("read") is None and run.report("told") is None
 
 
 @pytest.mark.usefixtures("at_once")

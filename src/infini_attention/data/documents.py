@@ -241,6 +241,11 @@ def identity(documents: Documents) -> dict[str, Any]:
     }
 
 
+def digest(documents: Documents) -> str:
+    """Return hexadecimal that changes with the documents' `identity`."""
+    return hashlib.sha256(json.dumps(identity(documents), sort_keys=True).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class _Origin:
     """What a source turned out to be: a form of files, or "hub"; `files` are paths or addresses."""

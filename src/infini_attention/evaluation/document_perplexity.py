@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from infini_attention.baselines import compression, memory_floats
 from infini_attention.baselines.systems import has_open_gates, is_local, system_name
-from infini_attention.data.documents import CORPORA, Document, Documents, identity, open_documents
+from infini_attention.data.documents import CORPORA, Document, Documents, digest, open_documents
 from infini_attention.data.texts import SHAKESPEARE, TokenBlock, first_tokens, token_blocks
 from infini_attention.evaluation.estimates import Interval, ratio
 from infini_attention.evaluation.passkey import chunk_length
@@ -147,6 +147,7 @@ class PerplexityReport:
             row's in all layers (`baselines.memory_floats`); 0 for local attention alone.
         compression: how many times less that is than a full Memorizing Transformer's of the same sizes with
             65,536 pairs (`baselines.compression`); None where nothing is held.
+        whole: whether all documents have been read; older reports do not say.
     """
 
     setting: Setting
@@ -157,6 +158,7 @@ class PerplexityReport:
     peak_memory_bytes: int = 0
     memory_floats: int = 0
     compression: float | None = None
+    whole: bool = False
 
     @property
     def memories(self) -> Sequence[str]:
@@ -240,7 +242,7 @@ def document_perplexity(
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         documents=documents.source if name is None else name,
-        source=hashlib.sha256(json.dumps(identity(documents), sort_keys=True).encode()).hexdigest()[:16],
+        source=digest(documents),
         max_tokens=max_tokens,
         memory_off=memory_off and has_open_gates(model),
     )
@@ -255,6 +257,9 @@ def document_perplexity(
         raise ValueError(
             f"{documents.source} holds no document of two tokens; check the source and the split"
         )
+    report = replace(report, whole=True)
+    if output is not None:
+        write_whole(output, report.to_json())
     return report
 
 

@@ -30,6 +30,7 @@ from transformers.utils import logging
 from infini_attention.baselines.loading import load_system
 from infini_attention.devices import choose_device
 from infini_attention.evaluation.questions import Answer, Cell, Question
+from infini_attention.evaluation.result_files import plain
 from infini_attention.provenance import Provenance, provenance
 from infini_attention.training.checkpoints import MODEL, RECIPE, SUMMARY, checkpoints
 from infini_attention.training.recipe import Reading, Recipe, read_recipe
@@ -50,8 +51,9 @@ class Study:
     Attributes:
         title: The question that the study is to answer.
         recipe: The recipe's file; the path is relative to the study's own.
-        ask: Questions by name: for pass keys, by settings of `infini passkey`, or for associative recall, by
-            a grid.
+        ask: Questions by name: for pass keys, by settings of `infini passkey`; for associative recall, by a
+            grid; for perplexity of whole documents or for summaries of them, by `perplexity_of` or
+            `summaries_of`, which say what `data.documents` does in a recipe, and further settings.
         set: Values of the recipe set anew for every arm.
         vary: Values to try; every combination is an arm.
         arms: Named arms, each by its values; with `vary`, each of them in every combination.
@@ -172,7 +174,7 @@ class StudyReport:
 
     def to_json(self) -> str:
         """The whole report in one line of JSON."""
-        return json.dumps(asdict(self), default=str)
+        return json.dumps(plain(asdict(self)), default=str)
 
 
 def read_study(path: Path) -> Study:

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from infini_attention.evaluation.estimates import Proportion
+from infini_attention.evaluation.document_perplexity_report import with_interval
+from infini_attention.evaluation.estimates import Interval
 from infini_attention.evaluation.questions import (
     Answer,
     Cell,
+    Measure,
     PasskeyAnswer,
     PasskeyQuestion,
+    Question,
     RecallAnswer,
+    RecallQuestion,
     short_length,
 )
 from infini_attention.evaluation.stream_report import require_matplotlib
@@ -28,49 +32,54 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES, MARKERS = ("-", "--", ":", "-."), "os^vDPX*"
 ABREAST = 4  # panels of a picture in one row
-RECALL = {
-    "control": "recall with every gate shut",
-    "rewritten": "recall of keys told anew",
-    "old": "keys told anew that are answered by their old value",
-}  # shares of a RecallScore that have tables of their own
 
 
 def tables(report: StudyReport) -> list[Table]:
-    """What was right by arm and question; what the trainings came to; what else there is to say.
+    """Answers by arm and question, a table a measure; what the trainings came to; what else there is to say.
 
     Between them, where others' figures are to stand beside ours, token accuracy in the form of the paper's
-    table 3; and of associative recall what else there is.
+    table 3; and what stands beside the answers, such as controls.
     """
     study = report.study
     names = [name for name, question in study.ask.items() if isinstance(question, PasskeyQuestion)]
     published = [_by_depth(report, name) for name in names] if study.published else []
-    answers = _shares(report, f"{study.title}: {_measures(report)}, %", lambda answer: answer.right)
-    return [answers, *published, *_recalls(report), _trainings(report), _remarks(report)]
+    measures = dict.fromkeys(question.measure for question in study.ask.values())
+    answers = [
+        _figures(report, measure, f"{study.title}: {measure.name}", lambda answer: answer.shown)
+        for measure in measures
+    ]
+    beside = [table for measure in measures for table in _beside(report, measure)]
+    return [*answers, *published, *beside, _trainings(report), _remarks(report)]
 
 
 def plot(report: StudyReport, path: Path) -> None:
-    """Draw what was right into the picture `path`.
+    """Draw the answers into the picture `path`.
 
     Exact match of pass keys by length: a panel a question, a line an arm. Recall by bytes of state: a panel a
-    cell, a mark an arm.
+    cell, a mark an arm. Perplexity and ROUGE: a panel a question, a mark an arm, its control a hollow one.
 
     Raises ValueError with the pip command when matplotlib is missing.
     """
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    panels = [panel for name in report.study.ask for panel in _panels(report, name)]
+    panels = [
+        (question.measure, panel)
+        for name, question in report.study.ask.items()
+        for panel in _panels(report, name)
+    ]
     columns, rows = min(ABREAST, len(panels)), ceil(len(panels) / ABREAST)
     figure = Figure(figsize=(3 + 4.2 * columns, 0.5 + 4.5 * rows), layout="constrained")
-    for number, draw in enumerate(panels):
+    for number, (measure, draw) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, number + 1)
         draw(axes)
         axes.minorticks_off()
-        axes.set_ylim(-3, 103)
+        if measure.share:
+            axes.set_ylim(-3, 103)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if number % columns == 0:
-            axes.set_ylabel(f"{_measures(report)}, %")
+        if number % columns == 0 or measure != panels[number - 1][0]:
+            axes.set_ylabel(measure.name)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     names = ", ".join(report.arms[0].factors)
     figure.legend(handles, labels, title=names, loc="outside right center", frameon=False, handlelength=4)
@@ -79,36 +88,40 @@ def plot(report: StudyReport, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _measures(report: StudyReport) -> str:
-    return " and ".join(dict.fromkeys(question.measure for question in report.study.ask.values()))
-
-
-def _shares(report: StudyReport, title: str, share: Callable[[Answer], Proportion | None]) -> Table:
-    """A share by arm, question and cell: means over seeds with their ranges."""
+def _figures(
+    report: StudyReport, measure: Measure, title: str, figure: Callable[[Answer], Interval | None]
+) -> Table:
+    """A figure by arm, and by question and cell of one measure."""
     table, cells = _table(report, title), []
-    for name, question in report.study.ask.items():
+    for name, question in _questions(report, measure).items():
         for cell, label in question.columns().items():
             table.add_column(f"{name}\n{label}", justify="right")
             cells.append((name, cell))
     for arm in report.arms:
-        shares = ([share(answer) for answer in report.answers(arm, *cell)] for cell in cells)
-        shown = ([100 * each.share for each in of_seeds if each is not None] for of_seeds in shares)
-        table.add_row(*arm.factors.values(), *(_range(each, ".0f") for each in shown))
+        of_cells = ([figure(answer) for answer in report.answers(arm, *cell)] for cell in cells)
+        shown = ([each for each in of_seeds if each is not None] for of_seeds in of_cells)
+        table.add_row(*arm.factors.values(), *(_of_seeds(each, measure) for each in shown))
     return table
 
 
-def _recalls(report: StudyReport) -> list[Table]:
-    """Of associative recall, what there is beside the right answers."""
-    answers = [answer for result in report.results for answer in result.answers]
+def _beside(report: StudyReport, measure: Measure) -> list[Table]:
+    """What there is beside the answers to questions of a measure, a table a title."""
+    asked = _questions(report, measure)
+    answers = [each for result in report.results for each in result.answers if each.question in asked]
+    titles = dict.fromkeys(title for answer in answers for title in answer.beside)
 
-    def share(name: str, answer: Answer) -> Proportion | None:
-        return getattr(answer.score, name) if isinstance(answer, RecallAnswer) else None
+    def figure(title: str, answer: Answer) -> Interval | None:
+        return answer.beside[title]
 
     return [
-        _shares(report, f"{title}, %", partial(share, name))
-        for name, title in RECALL.items()
-        if any(share(name, answer) is not None for answer in answers)
+        _figures(report, measure, title, partial(figure, title))
+        for title in titles
+        if any(figure(title, answer) is not None for answer in answers)
     ]
+
+
+def _questions(report: StudyReport, measure: Measure) -> dict[str, Question]:
+    return {name: question for name, question in report.study.ask.items() if question.measure == measure}
 
 
 def _by_depth(report: StudyReport, question: str) -> Table:
@@ -173,6 +186,8 @@ def _remarks(report: StudyReport) -> Table:
     table = Table(box=None, show_header=False)
     if len(report.study.seeds) > 1:
         table.add_row(f"Means of {len(report.study.seeds)} seeds, in brackets the lowest and the highest.")
+    if not all(question.measure.share for question in report.study.ask.values()):
+        table.add_row("Of one seed, in parentheses: 95 % bootstrap intervals over documents.")
     table.add_row("Losses and gates are those that were logged last.")
     if report.interrupted:
         table.add_row("The study was interrupted; the same command goes on.")
@@ -186,18 +201,27 @@ def _mean(figures: Sequence[float], form: str) -> str:
     return format(statistics.fmean(figures), form) if figures else "-"
 
 
-def _range(figures: Sequence[float], form: str) -> str:
-    """The mean, with the lowest and the highest in brackets where they differ."""
-    lowest, highest = (_mean([end(figures)] if figures else [], form) for end in (min, max))
-    return _mean(figures, form) + (f" [{lowest}, {highest}]" if lowest != highest else "")
+def _of_seeds(figures: Sequence[Interval], measure: Measure) -> str:
+    """The mean, with the lowest and the highest in brackets where they differ; one alone with its interval.
+
+    Intervals of shares, which follow from how many were asked, are left to the picture.
+    """
+    if len(figures) == 1 and not measure.share:
+        return with_interval(figures[0], measure.form)
+    values = [each.value for each in figures]
+    lowest, highest = (_mean([end(values)] if values else [], measure.form) for end in (min, max))
+    return _mean(values, measure.form) + (f" [{lowest}, {highest}]" if lowest != highest else "")
 
 
 def _panels(report: StudyReport, question: str) -> list[Callable[["Axes"], None]]:
     """What draws a question's panels."""
-    if isinstance(report.study.ask[question], PasskeyQuestion):
+    asked = report.study.ask[question]
+    if isinstance(asked, PasskeyQuestion):
         return [partial(_draw_by_length, report=report, question=question)]
-    cells = report.study.ask[question].columns()
-    return [partial(_draw_by_state, report=report, question=question, cell=cell) for cell in cells]
+    if isinstance(asked, RecallQuestion):
+        cells = asked.columns()
+        return [partial(_draw_by_state, report=report, question=question, cell=cell) for cell in cells]
+    return [partial(_draw_by_arm, report=report, question=question)]
 
 
 def _draw_by_length(axes: "Axes", report: StudyReport, question: str) -> None:
@@ -205,14 +229,14 @@ def _draw_by_length(axes: "Axes", report: StudyReport, question: str) -> None:
     columns = report.study.ask[question].columns()
     for arm in report.arms:
         shares = {
-            length: [answer.right for answer in report.answers(arm, question, (length,))]
+            length: [answer.shown for answer in report.answers(arm, question, (length,))]
             for (length,) in columns
         }
         shares = {length: of_seeds for length, of_seeds in shares.items() if of_seeds}
         colour, style, marker = _look(report, arm)
         axes.plot(
             [*shares],
-            [_mean_percent(of_seeds) for of_seeds in shares.values()],
+            [_mean_value(of_seeds) for of_seeds in shares.values()],
             style,
             color=colour,
             marker=marker,
@@ -223,9 +247,7 @@ def _draw_by_length(axes: "Axes", report: StudyReport, question: str) -> None:
             for length, of_seeds in shares.items():
                 _draw_seeds(axes, length, of_seeds, colour)
             continue
-        low, high = (
-            [100 * getattr(of_seeds[0], end) for of_seeds in shares.values()] for end in ("low", "high")
-        )
+        low, high = ([getattr(of_seeds[0], end) for of_seeds in shares.values()] for end in ("low", "high"))
         axes.fill_between([*shares], low, high, color=colour, alpha=0.07, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_xticks([length for (length,) in columns], [*columns.values()])
@@ -233,26 +255,47 @@ def _draw_by_length(axes: "Axes", report: StudyReport, question: str) -> None:
 
 
 def _draw_by_state(axes: "Axes", report: StudyReport, question: str, cell: Cell) -> None:
-    """The mean of the seeds, and each of them as a point; one seed alone has its interval as a bar."""
+    """A mark an arm, at the bytes of its state."""
     for arm in report.arms:
         answers = report.answers(arm, question, cell)
-        shares = [answer.right for answer in answers]
-        size = _state_bytes(answers)
-        colour, _, marker = _look(report, arm)
-        mean = [_mean_percent(shares)] if shares else []
-        axes.plot([size] * len(mean), mean, marker, color=colour, markersize=6, label=_legend(arm))
-        if len(report.study.seeds) > 1:
-            _draw_seeds(axes, size, shares, colour)
-        elif shares:
-            axes.vlines(size, 100 * shares[0].low, 100 * shares[0].high, color=colour, alpha=0.5)
+        _draw_mark(axes, report, arm, _state_bytes(answers), [answer.shown for answer in answers])
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda size, _: short_length(round(size)))
     axes.set(title=f"{question}: {report.study.ask[question].columns()[cell]}", xlabel="bytes of state")
 
 
-def _draw_seeds(axes: "Axes", place: float, shares: Sequence[Proportion], colour: str) -> None:
-    percent = [100 * each.share for each in shares]
-    axes.plot([place] * len(percent), percent, "o", color=colour, markersize=2.5, alpha=0.6)
+def _draw_by_arm(axes: "Axes", report: StudyReport, question: str) -> None:
+    """A mark an arm, one beside the other, and a hollow one for each control."""
+    controls: dict[str, None] = {}
+    for place, arm in enumerate(report.arms):
+        answers = report.answers(arm, question, ())
+        _draw_mark(axes, report, arm, place, [answer.shown for answer in answers])
+        for title, control in (each for answer in answers for each in answer.beside.items()):
+            if control is not None:
+                controls[title] = None
+                colour, _, marker = _look(report, arm)
+                axes.plot(place, control.value, marker, color=colour, markersize=9, markerfacecolor="none")
+    axes.set_xticks([])
+    axes.set_xlim(-0.5, len(report.arms) - 0.5)
+    axes.set(title=question, xlabel="\n".join(f"hollow: {title}" for title in controls))
+
+
+def _draw_mark(
+    axes: "Axes", report: StudyReport, arm: Arm, place: float, figures: Sequence[Interval]
+) -> None:
+    """The mean of the seeds, and each of them as a point; one seed alone has its interval as a bar."""
+    colour, _, marker = _look(report, arm)
+    mean = [_mean_value(figures)] if figures else []
+    axes.plot([place] * len(mean), mean, marker, color=colour, markersize=6, label=_legend(arm))
+    if len(report.study.seeds) > 1:
+        _draw_seeds(axes, place, figures, colour)
+    elif figures:
+        axes.vlines(place, figures[0].low, figures[0].high, color=colour, alpha=0.5)
+
+
+def _draw_seeds(axes: "Axes", place: float, figures: Sequence[Interval], colour: str) -> None:
+    values = [each.value for each in figures]
+    axes.plot([place] * len(values), values, "o", color=colour, markersize=2.5, alpha=0.6)
 
 
 def _state_bytes(answers: Sequence[Answer]) -> int:
@@ -260,8 +303,8 @@ def _state_bytes(answers: Sequence[Answer]) -> int:
     return max((each.score.state_bytes for each in answers if isinstance(each, RecallAnswer)), default=0)
 
 
-def _mean_percent(shares: Sequence[Proportion]) -> float:
-    return 100 * statistics.fmean(each.share for each in shares)
+def _mean_value(figures: Sequence[Interval]) -> float:
+    return statistics.fmean(each.value for each in figures)
 
 
 def _legend(arm: Arm) -> str:

@@ -5,7 +5,6 @@ control, stands what the same model says who has seen no more than a window of t
 Table 4 of the paper, with ROUGE as Lin has defined it in 2004).
 """
 
-import hashlib
 import json
 import re
 import time
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
 
-from infini_attention.data.documents import Documents, identity, pinned
+from infini_attention.data.documents import Documents, digest, pinned
 from infini_attention.data.summaries import GENERAL, QUESTION, Asked, open_summaries, question_ids
 from infini_attention.data.texts import token_blocks
 from infini_attention.evaluation.estimates import Interval, figures_of_sums
@@ -233,7 +232,7 @@ def summaries(
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         documents=documents.source,
-        source=hashlib.sha256(json.dumps(identity(documents), sort_keys=True).encode()).hexdigest()[:16],
+        source=digest(documents),
         columns=columns,
         prompt=QUESTION,
         decoding=decoding,
