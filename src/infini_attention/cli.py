@@ -902,7 +902,8 @@ def study(
         output: The folder of all runs; by default out/studies and the name of the file.
         jobs: Runs at a time, each a process of its own.
         devices: GPUs that the runs are dealt to, such as '[0, 1]'; by default all.
-        plot: Where to draw exact match by length and recall by bytes of state, a file such as out/study.png.
+        plot: Where to draw exact match by length, recall by bytes of state, perplexity and ROUGE by arm: a
+            file such as out/study.png.
     """
     from infini_attention.evaluation import study_report as show
     from infini_attention.evaluation.stream_report import require_matplotlib

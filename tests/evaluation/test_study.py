@@ -20,6 +20,7 @@ from infini_attention.cli import main
 from infini_attention.evaluation import document_perplexity, summaries
 from infini_attention.evaluation import study as module
 from infini_attention.evaluation.document_perplexity_report import with_interval
+from infini_attention.evaluation.estimates import Interval
 from infini_attention.evaluation.passkey import Outcome, PasskeyReport, Setting
 from infini_attention.evaluation.study import Run, StudyReport, arms_of, plan, read_study, run_study
 from infini_attention.evaluation.study_report import _look, plot, tables
@@ -488,13 +489,24 @@ def test_models_are_asked_for_perplexity_and_summaries_of_documents(
     perplexities = [f"{arm} {with_interval(each.token_perplexity, ',.2f')}" for arm, each in of_arms]
     assert f"What is it?: token perplexity read arm talks.jsonl, 48 of each {' '.join(perplexities)}" in shown
     assert "(" in perplexities[0]
-    for title, kind in (("", "summary"), (", by a window alone", "windowed")):
+    for title, kind in (("", "summary"), (" by a window alone", "windowed")):
         scores = [with_interval(getattr(each, kind)["overall"], ".2f") for each in told]
         rows = f"memory {scores[0]} no memory {scores[1]}"
-        assert f"ROUGE, geometric mean{title} told arm talks.jsonl {rows}" in shown
+        assert f"ROUGE geometric mean{title}, % told arm talks.jsonl {rows}" in shown
     off = document_perplexity.read_report(folders[0] / "read.json").figures("off").token_perplexity
     assert f"shut read arm talks.jsonl, 48 of each memory {with_interval(off, '.2f')} no memory -" in shown
     assert "in parentheses: 95 % bootstrap intervals over documents" in shown
+
+
+def test_a_window_s_score_stands_beside_that_of_whole_documents(write: Write) -> None:
+    question = read_study(write(ask=READ["ask"])).ask["told"]
+    one_document = {"low": None, "high": None}  # in JSON; no interval
+    scores = {"summary": {"overall": {"value": 20.0, "low": 15.0, "high": 25.0}}}
+    scores["windowed"] = {"overall": {"value": 10.0, **one_document}}
+    (answer,) = question.answers("told", {"scores": scores})
+    (windowed,) = answer.beside.values()
+    assert answer.shown == Interval(20.0, 15.0, 25.0)
+    assert windowed is not None and with_interval(windowed, ".2f") == "10.00"
 
 
 @pytest.mark.usefixtures("at_once", "talks")

@@ -28,7 +28,7 @@ class Measure:
     Attributes:
         name: with its unit, as tables and pictures call it.
         form: of its figures in tables.
-        share: whether it is of 100 %: pictures show all of that.
+        share: whether it is a share of what was asked: pictures show 0 to 100 %.
     """
 
     name: str
@@ -256,7 +256,7 @@ class PerplexityQuestion:
 class SummariesQuestion:
     """The settings of `summaries`; the documents are those that summaries are of."""
 
-    measure: ClassVar[Measure] = Measure("ROUGE, geometric mean", ".2f", share=False)
+    measure: ClassVar[Measure] = Measure("ROUGE geometric mean, %", ".2f", share=False)
 
     summaries_of: Documents
     query_column: str | None = None
@@ -304,7 +304,7 @@ class SummariesQuestion:
         if not self.is_whole(report):
             return []
         whole, windowed = (_interval(report["scores"][name]["overall"]) for name in ("summary", "windowed"))
-        return [DocumentsAnswer(name, whole, {"ROUGE, geometric mean, by a window alone": windowed})]
+        return [DocumentsAnswer(name, whole, {"ROUGE geometric mean by a window alone, %": windowed})]
 
 
 Question = PasskeyQuestion | RecallQuestion | PerplexityQuestion | SummariesQuestion
