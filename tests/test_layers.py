@@ -20,7 +20,14 @@ def tokens(length: int = 30, batch: int = 2) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"qk_norm": True, "update_rule": "delta"}, {"rope_theta": None, "bias": True}]
+    "settings",
+    [
+        {},
+        {"qk_norm": True, "update_rule": "delta"},
+        {"rope_theta": None, "bias": True},
+        {"local_attention": "sliding"},
+        {"local_attention": "sink", "sink_tokens": 3},
+    ],
 )
 def test_any_chunking_is_the_same_computation(settings: dict[str, Any]) -> None:
     module, hidden = layer(**settings), tokens()
@@ -58,6 +65,23 @@ def test_rotation_restarts_in_every_segment() -> None:
     output, _ = module(segment.repeat(1, 3, 1))
     for piece in output.split(N, dim=1):
         torch.testing.assert_close(piece, output[:, :N])
+
+
+def test_two_segments_of_a_window_that_slides_are_one_of_twice_the_length() -> None:
+    """Rotary positions of what stands outside a segment go on from those inside."""
+    output, _ = layer(local_attention="sliding")(tokens(2 * N))
+    expected, _ = layer(segment_length=2 * N)(tokens(2 * N))
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_sinks_stand_just_before_every_segment() -> None:
+    """So a segment after them is the second one of a text in which nothing stands between."""
+    module, hidden = layer(local_attention="sink", sink_tokens=N, gate_init=-1e4), tokens(4 * N)
+    output, _ = module(hidden)
+    near, _ = module(torch.cat([hidden[:, :N], hidden[:, -N:]], dim=1))
+    torch.testing.assert_close(output[:, -N:], near[:, -N:])
+    both, _ = layer(segment_length=2 * N)(torch.cat([hidden[:, :N], hidden[:, -N:]], dim=1))
+    torch.testing.assert_close(output[:, -N:], both[:, -N:], rtol=1e-5, atol=1e-6)
 
 
 def test_rotation_makes_a_difference() -> None:

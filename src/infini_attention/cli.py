@@ -28,6 +28,8 @@ class Reader:
         update_rule: linear or delta, when retrofitting; by default linear.
         feature_map: Feature map of the memory, when retrofitting; by default elu1.
         normalization: sum, root, none or unit, when retrofitting; by default sum.
+        local_attention: segment, sliding or sink, when retrofitting; by default segment.
+        sink_tokens: How many of the first tokens sink keeps in sight, when retrofitting; by default 4.
         gate_init: Logit of every gate, when retrofitting; by default -4.
         dtype: float32, bfloat16 or auto, which takes bfloat16 on a GPU and float32 on a CPU.
         device: A device of torch, or auto, which takes the first GPU, else the CPU.
@@ -38,6 +40,8 @@ class Reader:
     update_rule: str | None = None
     feature_map: str | None = None
     normalization: str | None = None
+    local_attention: str | None = None
+    sink_tokens: int | None = None
     gate_init: float | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -119,6 +123,8 @@ def stream(
     update_rule: str | None = None,
     feature_map: str | None = None,
     normalization: str | None = None,
+    local_attention: str | None = None,
+    sink_tokens: int | None = None,
     gate_init: float | None = None,
     chunk_length: int | None = None,
     max_tokens: int | None = None,
@@ -139,6 +145,8 @@ def stream(
         update_rule: linear or delta, when retrofitting; by default linear.
         feature_map: Feature map of the memory, when retrofitting; by default elu1.
         normalization: sum, root, none or unit, when retrofitting; by default sum.
+        local_attention: segment, sliding or sink, when retrofitting; by default segment.
+        sink_tokens: How many of the first tokens sink keeps in sight, when retrofitting; by default 4.
         gate_init: Logit of every gate, when retrofitting; by default -4, which gives the memory 1.8 percent.
         chunk_length: Tokens that go through the model at once; default whole segments of at least 1024
             tokens. Changes speed and working memory, no figure.
@@ -162,6 +170,8 @@ def stream(
         update_rule=update_rule,
         feature_map=feature_map,
         normalization=normalization,
+        local_attention=local_attention,
+        sink_tokens=sink_tokens,
         gate_init=gate_init,
         chunk_length=chunk_length,
         max_tokens=max_tokens,
@@ -421,13 +431,13 @@ def evaluate(
     """Ask tasks of EleutherAI's lm-evaluation-harness, each request streamed whole, whatever its length.
 
     Args:
-        tasks: Names of tasks, groups or tags, or patterns, with commas between. Those that come with it, and
-            need no network, begin with infini_.
+        tasks: Names of tasks, groups or tags, or patterns, with commas between; GROUP::TASK for one of a
+            group. Those that come with it begin with infini_ and need no network.
         include_path: A folder with more task files.
         limit: Documents of each task at most, or below 1 their share.
         num_fewshot: Examples before each question; by default what a task has.
-        data_files: Text files, or patterns, that infini_books and infini_continuation are made from, such as
-            '[mine.txt]'; by default three plays.
+        data_files: Text files, or patterns, that infini_books and infini_continuation are made from, and
+            that infini_babi hides facts in, such as '[mine.txt]'; by default plays.
         batch_size: Rows that are read side by side. Changes speed and working memory.
         memory_reset: The control, which empties the memory before every continuation.
         chat: Put questions into the tokenizer's chat template.
@@ -790,6 +800,8 @@ def retrofit(
     feature_map: str = "elu1",
     normalization: str = "sum",
     empty_memory: str = "local",
+    local_attention: str = "segment",
+    sink_tokens: int = 4,
     short_convolution: int = 0,
     layers: list[int] | None = None,
     gate_init: float = -4.0,
@@ -807,6 +819,9 @@ def retrofit(
         feature_map: Feature map of the memory.
         normalization: sum, root, none or unit.
         empty_memory: What a first segment, with nothing before it, gets: local or gated.
+        local_attention: What a token attends to beside the memory: segment, its own; sliding, the one before
+            it too; sink, the text's first tokens too.
+        sink_tokens: How many those are.
         short_convolution: Tokens that every query and key is a mixture of; 0 for none.
         layers: That get a memory, such as '[4, 5, 6]'; by default all that can have one.
         gate_init: Logit of every gate; -4 gives the memory 1.8 % of each output.
@@ -827,6 +842,8 @@ def retrofit(
         feature_map=feature_map,
         normalization=normalization,
         empty_memory=empty_memory,
+        local_attention=local_attention,
+        sink_tokens=sink_tokens,
         short_convolution=short_convolution,
         layers=layers,
         gate_init=gate_init,
@@ -987,7 +1004,15 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "gates": gates,
     "doctor": doctor,
 }
-RETROFIT = ("segment_length", "update_rule", "feature_map", "normalization", "gate_init")
+RETROFIT = (
+    "segment_length",
+    "update_rule",
+    "feature_map",
+    "normalization",
+    "local_attention",
+    "sink_tokens",
+    "gate_init",
+)
 
 
 def _parser() -> ArgumentParser:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from infini_attention.ops import MemoryState, infini_attention, segment_positions
 from infini_attention.ops.convolution import short_convolution
+from infini_attention.ops.local import context_tokens
 
 
 class MemoryGate(nn.Module):
@@ -93,7 +94,8 @@ class InfiniAttention(nn.Module):
     """A self-attention layer of unbounded reach: projections, rotary positions, `infini_attention`.
 
     Equations (5) to (11) of arXiv 2404.07143. Rotary positions (arXiv 2104.09864) restart in every segment
-    and act on the local part only; keys and queries go to memory un-rotated.
+    and act on the local part only; keys and queries go to memory un-rotated. Where a token sees C tokens
+    outside its segment, token j of a segment is C + j - i from token i of those.
 
     Args:
         hidden_size: width of the model.
@@ -105,6 +107,8 @@ class InfiniAttention(nn.Module):
         feature_map: a name of `ops.feature_maps`.
         normalization: of what memory answers: "sum", "root", "none" or "unit"; see `infini_attention`.
         empty_memory: "local" or "gated"; see `infini_attention`.
+        local_attention: "segment", "sliding" or "sink"; see `infini_attention`.
+        sink_tokens: how many of the first tokens "sink" keeps in sight, at most segment_length.
         rope_theta: base of the rotary frequencies; None for no position embedding.
         qk_norm: RMS-normalise queries and keys per head before anything else.
         bias: give the projections a bias.
@@ -112,7 +116,7 @@ class InfiniAttention(nn.Module):
         backend: as in `infini_attention`.
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: sizes that do not divide, or a local attention that cannot be right.
     """
 
     def __init__(
@@ -127,6 +131,8 @@ class InfiniAttention(nn.Module):
         feature_map: str = "elu1",
         normalization: str = "sum",
         empty_memory: str = "local",
+        local_attention: str = "segment",
+        sink_tokens: int = 4,
         rope_theta: float | None = 10_000.0,
         qk_norm: bool = False,
         bias: bool = False,
@@ -152,6 +158,10 @@ class InfiniAttention(nn.Module):
         self.feature_map = feature_map
         self.normalization = normalization
         self.empty_memory = empty_memory
+        self.local_attention, self.sink_tokens = local_attention, sink_tokens
+        self.context_tokens = context_tokens(
+            local_attention, segment_length=segment_length, sink_tokens=sink_tokens
+        )
         self.rope_theta = rope_theta
         self.backend = backend
         self.q_proj = nn.Linear(hidden_size, heads * head_dim, bias=bias)
@@ -195,10 +205,13 @@ class InfiniAttention(nn.Module):
             segment_length=self.segment_length,
             local_query=self._rotate(query, positions),
             local_key=self._rotate(key, positions),
+            context_key=self._rotate(key, positions - self.context_tokens) if self.context_tokens else None,
             update_rule=self.update_rule,
             feature_map=self.feature_map,
             normalization=self.normalization,
             empty_memory=self.empty_memory,
+            local_attention=self.local_attention,
+            sink_tokens=self.sink_tokens,
             state=state,
             padding_mask=padding_mask,
             cu_seqlens=cu_seqlens,

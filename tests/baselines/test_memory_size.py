@@ -45,6 +45,15 @@ def test_sizes_follow_the_formulas_of_table_1() -> None:
     assert memory_floats(InfiniLlamaConfig(**PAPER), LENGTH) == d_key * (d_value + 1) * H * l == 1_585_152
 
 
+def test_what_is_seen_outside_a_segment_is_held_too() -> None:
+    plain, sink, sliding = (
+        memory_floats(InfiniLlamaConfig(**PAPER, local_attention=name), LENGTH)
+        for name in ("segment", "sink", "sliding")
+    )
+    assert sink - plain == (128 + 128) * 8 * 12 * 4
+    assert sliding - plain == (128 + 128) * 8 * 12 * 2048 + plain  # M and z with the segment and without it
+
+
 def test_sizes_and_ratios_are_those_printed_in_table_2() -> None:
     # The paper's 65K are 65,000 pairs, beside the caches of all layers; its ratios are of rounded sizes.
     memorizing = memory_floats(config("memorizing", memory_size=65_000), LENGTH)

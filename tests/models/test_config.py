@@ -20,6 +20,11 @@ WRONG = [
     ({"normalization": "mean"}, "normalization is 'mean'; choose one of 'sum', 'root', 'none', 'unit'"),
     ({"normalization": "none", "update_rule": "delta"}, "normalization is 'none', and the delta rule div"),
     ({"empty_memory": "full"}, "empty_memory is 'full'; choose one of 'local', 'gated'"),
+    ({"local_attention": "all"}, "local_attention is 'all'; choose one of 'segment', 'sliding', 'sink'"),
+    (
+        {"local_attention": "sink", "sink_tokens": 4000},
+        "sink_tokens is 4000; give from 1 to segment_length, 2048",
+    ),
     ({"gate_init": float("inf")}, "gate_init is inf; give a finite logit"),
     ({"infini_layers": []}, "no layer would have a memory"),
     ({"infini_layers": [0, 0]}, r"infini_layers is \[0, 0\]; name each layer once"),
@@ -48,6 +53,22 @@ def test_every_full_attention_layer_gets_a_memory():
 def test_a_sliding_layer_gets_a_memory_where_its_window_covers_a_segment(window, layers):
     config = InfiniGemma3Config(num_hidden_layers=6, sliding_window=window, segment_length=8)
     assert config.infini_layers == layers
+
+
+@pytest.mark.parametrize(("local_attention", "seen"), [("sliding", 16), ("sink", 11)])
+def test_a_window_has_to_cover_what_is_seen_outside_a_segment_too(local_attention, seen):
+    sizes = {
+        "num_hidden_layers": 6,
+        "segment_length": 8,
+        "sink_tokens": 3,
+        "local_attention": local_attention,
+    }
+    assert InfiniGemma3Config(sliding_window=seen, **sizes).infini_layers == [0, 1, 2, 3, 4, 5]
+    assert InfiniGemma3Config(sliding_window=seen - 1, **sizes).infini_layers == [5]
+    with pytest.raises(
+        ValueError, match=f"segment_length 8 and the {seen - 8} tokens that '{local_attention}'"
+    ):
+        InfiniGemma3Config(sliding_window=seen - 1, infini_layers=[0], **sizes)
 
 
 def test_naming_a_sliding_layer_with_a_shorter_window_is_refused():

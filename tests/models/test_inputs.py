@@ -133,6 +133,12 @@ def test_attention_masks_of_other_shapes_are_refused(llama, make_tokens):
         llama(tokens, attention_mask=torch.ones(2, 8), **{CACHE_ARGUMENT: cache})
 
 
+def test_a_sequence_over_several_processes_takes_segments_alone(make_base, make_model, make_tokens):
+    model = make_model(make_base(LlamaForCausalLM), local_attention="sliding")
+    with pytest.raises(ValueError, match="'sliding' tokens see keys that another process holds; use data"):
+        model(make_tokens(1, 16), context_group=object())
+
+
 def test_inputs_are_tokens_or_embeddings(llama, make_tokens):
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         llama()

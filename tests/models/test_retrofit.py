@@ -28,9 +28,16 @@ def test_logits_equal_an_eager_bases_within_one_segment(base, make_model, make_t
 
 
 @torch.no_grad()
+def test_logits_equal_the_bases_within_two_segments_where_attention_slides(base, make_model, make_tokens):
+    base.set_attn_implementation("eager")
+    model, tokens = make_model(base, local_attention="sliding"), make_tokens(2, 16)
+    torch.testing.assert_close(model(tokens).logits, base(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_logits_differ_from_the_bases_beyond_one_segment(base, model, make_tokens):
-    tokens = make_tokens(2, 9)
-    assert not torch.allclose(model(tokens).logits[:, 8], base(tokens).logits[:, 8], atol=1e-3)
+    end = 16 if model.config.local_attention == "sliding" else 8
+    tokens = make_tokens(2, end + 1)
+    assert not torch.allclose(model(tokens).logits[:, end], base(tokens).logits[:, end], atol=1e-3)
 
 
 def test_only_gates_are_new_and_all_else_shares_the_bases_memory(base):
@@ -62,6 +69,8 @@ def test_the_config_is_the_bases_with_the_settings(base):
     changed = {
         "architectures": [type(model).__name__],
         "empty_memory": "local",
+        "local_attention": "segment",
+        "sink_tokens": 4,
         "feature_map": "exp",
         "gate_init": -2.0,
         "infini_layers": [1],

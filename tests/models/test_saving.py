@@ -36,6 +36,7 @@ def test_a_saved_model_comes_back_bit_for_bit(model, make_tokens, tmp_path):
 @torch.no_grad()
 def test_every_setting_of_the_memory_is_saved(make_base, make_model, make_tokens, tmp_path):
     settings = {"feature_map": "relu2", "normalization": "unit", "empty_memory": "gated"}
+    settings |= {"local_attention": "sink", "sink_tokens": 2}
     model, tokens = make_model(make_base(LlamaForCausalLM), **settings), make_tokens(2, 30)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -109,8 +109,8 @@ def test_adapters_train_the_gates_beside_them_and_come_back(
 
 
 @torch.no_grad()
-def test_memory_off_leaves_local_attention_alone_and_reopens_the_gates(model, make_tokens):
-    tokens = make_tokens(1, 30)
+def test_memory_off_leaves_local_attention_alone_and_reopens_the_gates(base, make_model, make_tokens):
+    model, tokens = make_model(base), make_tokens(1, 30)
     before = model(tokens).logits
     with memory_off(model):
         local = model(tokens, use_cache=False).logits

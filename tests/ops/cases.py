@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from infini_attention.ops import MemoryState, feature_maps, infini_attention
+from infini_attention.ops.local import LOCAL_ATTENTION, context_tokens
 from infini_attention.ops.normalization import NORMALIZATIONS
 
 LAYOUTS = ("none", "right", "left", "holes", "packed")
@@ -35,14 +36,20 @@ class Row:
     local_query: Tensor
     local_key: Tensor
     weights: Tensor | None = None
+    context_key: Tensor | None = None
 
     @property
     def length(self) -> int:
         return self.query.shape[1]
 
+    def tokens(self) -> dict[str, Tensor]:
+        """What there is of every token, by name."""
+        tensors = {name: getattr(self, name) for name in (*TOKEN_FIELDS, "context_key")}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
     def cut(self, first: int, last: int) -> "Row":
         """The tokens from `first` to before `last`, without weights."""
-        return Row(*(getattr(self, name)[:, first:last] for name in TOKEN_FIELDS))
+        return Row(**{name: tensor[:, first:last] for name, tensor in self.tokens().items()})
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,15 @@ class Case:
     @property
     def segment_length(self) -> int:
         return self.settings["segment_length"]
+
+    @property
+    def context_tokens(self) -> int:
+        """How many tokens outside its own segment a token sees."""
+        return context_tokens(
+            self.settings.get("local_attention", "segment"),
+            segment_length=self.segment_length,
+            sink_tokens=self.settings.get("sink_tokens", 4),
+        )
 
     def tensors(self) -> list[Tensor]:
         """Everything that can have a gradient."""
@@ -72,7 +88,7 @@ class Case:
         """The case with `function` of each of its tensors."""
         rows = [
             Row(
-                *(function(getattr(row, name)) for name in TOKEN_FIELDS),
+                **{name: function(tensor) for name, tensor in row.tokens().items()},
                 weights=None if row.weights is None else function(row.weights),
             )
             for row in self.rows
@@ -119,7 +135,9 @@ def make_case(
         local_key = randn(*key.shape) if rotated else key
         segments = -(-length // settings["segment_length"])
         weights = randn(segments).exp() if weighted else None
-        rows.append(Row(query, key, randn(kv_heads, length, value_dim), local_query, local_key, weights))
+        value, outside = randn(kv_heads, length, value_dim), settings.get("local_attention", "segment")
+        context_key = randn(*key.shape) if rotated and outside != "segment" else None
+        rows.append(Row(query, key, value, local_query, local_key, weights, context_key))
     return Case(rows, randn(kv_heads * group), settings)
 
 
@@ -148,6 +166,8 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
         "feature_map": draw(st.sampled_from(maps)),
         "normalization": normalization,
         "empty_memory": draw(st.sampled_from(["local", "gated"])),
+        "local_attention": draw(st.sampled_from(LOCAL_ATTENTION)),
+        "sink_tokens": draw(st.integers(1, segment_length)),
         "scale": draw(st.sampled_from([None, 0.3])),
         "softcap": draw(st.sampled_from([None, 2.0])),
     }
@@ -229,8 +249,7 @@ def lay_out(
         if not mask.all():
             masks["padding_mask"] = mask
     tensors = {}
-    for name in TOKEN_FIELDS:
-        first = getattr(rows[0], name)
+    for name, first in rows[0].tokens().items():
         tensor = torch.full(
             (batch, first.shape[0], width, first.shape[2]), float("nan"), dtype=first.dtype, device=device
         )
@@ -262,14 +281,20 @@ def assert_states_equal(actual: MemoryState, expected: MemoryState, *, tolerance
     """Every field of the two states."""
     assert actual.length.tolist() == expected.length.tolist()
     assert actual.segment_length == expected.segment_length
-    for name in STATE_FIELDS:
-        assert getattr(actual, name).dtype == getattr(expected, name).dtype, name
-        assert_equal(getattr(actual, name), getattr(expected, name), tolerance=tolerance, what=name)
+    assert state_fields(actual).keys() == state_fields(expected).keys()
+    for name, wanted in state_fields(expected).items():
+        assert getattr(actual, name).dtype == wanted.dtype, name
+        assert_equal(getattr(actual, name), wanted, tolerance=tolerance, what=name)
+
+
+def state_fields(state: MemoryState) -> dict[str, Tensor]:
+    """The state's tensors that can have a gradient, by name."""
+    return {name: tensor for name, tensor in state.tensors().items() if name != "length"}
 
 
 def scalar(outputs: Sequence[Tensor], state: MemoryState | None, *, seed: int = 0) -> Tensor:
     """A number that depends on every output and state element in its own way; for gradients."""
-    tensors = [*outputs, *([] if state is None else [getattr(state, name) for name in STATE_FIELDS])]
+    tensors = [*outputs, *([] if state is None else state_fields(state).values())]
     generator = torch.Generator().manual_seed(seed)
     total = tensors[0].new_zeros((), dtype=torch.float64)
     for tensor in tensors:

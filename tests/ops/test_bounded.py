@@ -38,10 +38,12 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("infini_attention.ops.parallel.BLOCK_TOKENS", 4 * N)
 
 
-def extra_bytes(length: int, update_rule: str, **masks: torch.Tensor) -> int:
+def extra_bytes(
+    length: int, update_rule: str, local_attention: str = "segment", **masks: torch.Tensor
+) -> int:
     """Most bytes alive at once beyond inputs and output."""
     tensors = torch.randn(3, 1, 2, length, 8)
-    settings = {"segment_length": N, "update_rule": update_rule}
+    settings = {"segment_length": N, "update_rule": update_rule, "local_attention": local_attention}
     with torch.no_grad(), PeakBytes([tensors, *masks.values()]) as counted:
         output, _ = infini_attention(*tensors, torch.zeros(2), **settings, **masks)
     return counted.peak - output.nbytes
@@ -58,8 +60,9 @@ def test_the_count_is_of_what_is_alive_at_once() -> None:
 
 @pytest.mark.parametrize("rest", [0, 5], ids=["whole", "open"])
 @pytest.mark.parametrize("update_rule", ["linear", "delta"])
-def test_inference_holds_no_more_for_a_longer_text(update_rule: str, rest: int) -> None:
-    extra = [extra_bytes(N * segments + rest, update_rule) for segments in (8, 64)]
+@pytest.mark.parametrize("local_attention", ["segment", "sliding", "sink"])
+def test_inference_holds_no_more_for_a_longer_text(update_rule: str, rest: int, local_attention: str) -> None:
+    extra = [extra_bytes(N * segments + rest, update_rule, local_attention) for segments in (9, 65)]
     assert extra[1] <= 1.05 * extra[0]
 
 

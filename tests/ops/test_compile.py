@@ -15,12 +15,20 @@ needs_compiler = pytest.mark.skipif(
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("update_rule", "normalization", "length"),
-    [("linear", "sum", 64), ("delta", "sum", 50), ("linear", "unit", 50)],
+    ("update_rule", "normalization", "length", "local_attention"),
+    [
+        ("linear", "sum", 64, "segment"),
+        ("delta", "sum", 50, "segment"),
+        ("linear", "unit", 50, "segment"),
+        ("delta", "sum", 50, "sliding"),
+    ],
 )
-def test_a_compiled_call_equals_an_eager_one(update_rule: str, normalization: str, length: int) -> None:
+def test_a_compiled_call_equals_an_eager_one(
+    update_rule: str, normalization: str, length: int, local_attention: str
+) -> None:
     def function(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
         settings = {"update_rule": update_rule, "normalization": normalization, "backend": "parallel"}
+        settings["local_attention"] = local_attention
         return infini_attention(query, key, value, gate, segment_length=16, **settings)[0]
 
     tensors = [torch.randn(1, 2, length, 8, requires_grad=True) for _ in range(3)]

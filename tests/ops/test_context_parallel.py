@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from infini_attention.ops import MemoryState, infini_attention
-from infini_attention.ops.context_parallel import check_division, incoming_state, segment_split
+from infini_attention.ops.context_parallel import incoming_state, segment_split, tokens_before
 
 from ..distributed import run_on
 from .cases import assert_equal, assert_states_equal, lay_out, make_case
@@ -161,12 +161,21 @@ def _attend(
     columns = slice(part.start // N, -(-part.stop // N))
     weights = None if task.weights is None else task.weights[:, columns]
     if group is not None:
-        state = incoming_state(
+        state = _incoming_of(
             tokens["key"], tokens["value"], **task.settings, segment_weights=weights, state=state, group=group
         )
     return infini_attention(
         **tokens, gate=leaves["gate"], **task.settings, segment_weights=weights, state=state
     )
+
+
+def _incoming_of(
+    key: Tensor, value: Tensor, *, segment_length: int, state: MemoryState | None, group: Any, **settings: Any
+) -> MemoryState:
+    """As one layer alone would ask for it."""
+    before = tokens_before(key.shape[2], len(key), segment_length=segment_length, state=state, group=group)
+    given = {"segment_length": segment_length, "state": state, "group": group} | settings
+    return incoming_state(key, value, tokens_before=before, **given)
 
 
 def _carried_state(task: Task, leaves: dict[str, Tensor]) -> MemoryState:
@@ -248,7 +257,12 @@ def test_a_normalization_with_which_delta_diverges_is_refused() -> None:
     tensors = torch.zeros(2, 1, 1, N, 4)
     with pytest.raises(ValueError, match="normalization is 'unit', and the delta rule diverges"):
         incoming_state(
-            *tensors, segment_length=N, update_rule="delta", normalization="unit", group=dist.group.WORLD
+            *tensors,
+            segment_length=N,
+            update_rule="delta",
+            normalization="unit",
+            tokens_before=torch.zeros(1, dtype=torch.int64),
+            group=dist.group.WORLD,
         )
 
 
@@ -313,7 +327,7 @@ def incoming_under_autocast(task: Task) -> MemoryState:
 
 def _incoming(task: Task, tensors: dict[str, Tensor]) -> MemoryState:
     rank = dist.get_rank()
-    return incoming_state(
+    return _incoming_of(
         tensors["key"][:, :, task.parts[rank]],
         tensors["value"][:, :, task.parts[rank]],
         **task.settings,
@@ -385,9 +399,9 @@ def test_groups_beside_each_other_do_not_mix(update_rule: str) -> None:
 
 
 def refusal_of_division(held: list[tuple[int, int]]) -> str | None:
-    """What `check_division` says where each rank has such a length and so many rows."""
+    """What `tokens_before` says where each rank has such a length and so many rows."""
     try:
-        check_division(*held[dist.get_rank()], segment_length=N, group=dist.group.WORLD)
+        tokens_before(*held[dist.get_rank()], segment_length=N, group=dist.group.WORLD)
     except ValueError as error:
         return str(error)
     return None
@@ -412,13 +426,12 @@ def test_a_right_division_is_not_refused() -> None:
     assert run_on(3, refusal_of_division, [(4, 2), (8, 2), (3, 2)]) == [None] * 3
 
 
-def refusal(lengths: list[int], settings: dict[str, Any], state: MemoryState | None = None) -> str | None:
-    """What `incoming_state` says where the ranks have so many tokens, and the first has a state."""
+def refusal(lengths: list[int], state: MemoryState) -> str | None:
+    """What is said where the ranks have so many tokens, and the first has a state."""
     rank = dist.get_rank()
     tokens = torch.zeros(1, 1, lengths[rank], 2)
-    given = {"segment_length": N, "state": state if rank == 0 else None} | settings
     try:
-        incoming_state(tokens, tokens, **given, group=dist.group.WORLD)
+        _incoming_of(tokens, tokens, segment_length=N, state=None if rank else state, group=dist.group.WORLD)
     except ValueError as error:
         return str(error)
     return None
@@ -436,20 +449,31 @@ def test_runs_that_end_inside_a_segment_are_refused_on_every_rank(
     lengths: list[int], carried: int, words: str
 ) -> None:
     state = replace(MemoryState.empty(1, 1, 2, 2, segment_length=N), length=torch.tensor([carried]))
-    for text in run_on(2, refusal, lengths, {}, state):
+    for text in run_on(2, refusal, lengths, state):
         assert words in str(text)
 
 
-def refusals_alone() -> list[str | None]:
-    """What a rank says before any collective; the second rank is given a state, as no other may."""
+def refusal_alone(**settings: Any) -> str:
+    """What `incoming_state` says on one rank, before any collective."""
+    tokens, before = torch.zeros(1, 1, N, 2), torch.zeros(1, dtype=torch.int64)
+    given = {"segment_length": N, "tokens_before": before, "group": dist.group.WORLD} | settings
+    with pytest.raises(ValueError) as raised:
+        incoming_state(tokens, tokens, **given)
+    return str(raised.value)
+
+
+def refusals_alone() -> list[str]:
+    """The second rank is given a state, as no other than the first may."""
     empty = MemoryState.empty(1, 1, 2, 2, segment_length=N)
     if dist.get_rank():
-        return [refusal([4, 4], {"state": empty})]
+        return [refusal_alone(state=empty)]
     wide = MemoryState.empty(2, 1, 2, 2, segment_length=N)
     other = MemoryState.empty(1, 1, 2, 2, segment_length=2 * N)
     fp64 = MemoryState.empty(1, 1, 2, 2, segment_length=N, dtype=torch.float64)
-    wrong = [{"update_rule": "detla"}, {"feature_map": "elu"}, *({"state": x} for x in (wide, other, fp64))]
-    return [refusal([4, 4], settings) for settings in wrong]
+    sliding = MemoryState.empty(1, 1, 2, 2, segment_length=N, local_attention="sliding")
+    states = [{"state": state} for state in (wide, other, fp64, sliding)]
+    wrong = [{"update_rule": "detla"}, {"feature_map": "elu"}, *states]
+    return [refusal_alone(**settings) for settings in wrong]
 
 
 def test_what_cannot_be_right_is_refused_with_a_remedy() -> None:
@@ -460,6 +484,7 @@ def test_what_cannot_be_right_is_refused_with_a_remedy() -> None:
         "state.memory is (2, 1, 2, 2) torch.float32; these inputs need (1, 1, 2, 2)",
         "segment_length 8, this call has 4; use the same",
         "state.memory is (1, 1, 2, 2) torch.float64",
+        "local_attention 'sliding', whose keys the other ranks would not see; use 'segment'",
     )
     for text, wanted in zip(texts, words, strict=True):
         assert wanted in text

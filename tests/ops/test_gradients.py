@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .cases import MAPS, STATE_FIELDS, Case, Row, make_case, run
+from .cases import MAPS, STATE_FIELDS, Case, Row, make_case, run, state_fields
 from .test_parallel import random_fields, state_of
 
 RULES = ("linear", "delta")
@@ -48,6 +48,28 @@ def test_gradients_of_every_normalization_are_those_of_finite_differences(
         feature_map="elu1",
     )
     _check_gradients(backend, case, [1, 0], layout="holes", fast_mode=True)
+
+
+@pytest.mark.parametrize("update_rule", RULES)
+@pytest.mark.parametrize("local_attention", ["sliding", "sink"])
+@pytest.mark.parametrize("open_lengths", [[1, 0], None], ids=["from-any-state", "from-nothing"])
+def test_gradients_of_what_is_seen_outside_a_segment_are_those_of_finite_differences(
+    backend: str, update_rule: str, local_attention: str, open_lengths: list[int] | None
+) -> None:
+    case = make_case(
+        [6, 5],
+        seed=3,
+        kv_heads=1,
+        head_dim=2,
+        value_dim=2,
+        weighted=True,
+        segment_length=2,
+        update_rule=update_rule,
+        feature_map="elu1",
+        local_attention=local_attention,
+        sink_tokens=1,
+    )
+    _check_gradients(backend, case, open_lengths, layout="holes", fast_mode=True)
 
 
 @pytest.mark.parametrize("update_rule", RULES)
@@ -152,6 +174,6 @@ def _check_gradients(
             given_fields = dict(zip(fields, tensors[len(inputs) :], strict=True))
             state = state_of(given_fields, open_lengths, segment_length=case.segment_length)
         outputs, last = run(given, backend=backend, layouts=[layout], state=state)
-        return *outputs, *(getattr(last, name) for name in STATE_FIELDS if getattr(last, name).numel())
+        return *outputs, *(field for field in state_fields(last).values() if field.numel())
 
     assert torch.autograd.gradcheck(function, (*inputs, *fields.values()), fast_mode=fast_mode)

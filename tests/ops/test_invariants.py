@@ -12,7 +12,6 @@ from infini_attention.ops import infini_attention
 
 from .cases import (
     LAYOUTS,
-    TOKEN_FIELDS,
     TOLERANCES,
     Case,
     assert_equal,
@@ -124,8 +123,8 @@ def test_nan_in_one_row_reaches_no_other(backend: str, data: st.DataObject, case
     pieces, piece_layouts = data.draw(splits(case)), data.draw(layouts)
     outputs, state = run(case, backend=backend, pieces=pieces, layouts=piece_layouts)
     ill = data.draw(st.integers(0, len(case.rows) - 1))
-    names = data.draw(st.sets(st.sampled_from(TOKEN_FIELDS), min_size=1))
     row = case.rows[ill]
+    names = data.draw(st.sets(st.sampled_from(list(row.tokens())), min_size=1))
     bad_row = replace(row, **{name: torch.full_like(getattr(row, name), float("nan")) for name in names})
     bad_case = replace(case, rows=[bad_row if index == ill else r for index, r in enumerate(case.rows)])
     bad_outputs, bad_state = run(bad_case, backend=backend, pieces=pieces, layouts=piece_layouts)
@@ -154,7 +153,7 @@ def test_the_future_never_leaks(backend: str, data: st.DataObject, case: Case) -
     changed_row = data.draw(st.integers(0, len(case.rows) - 1))
     row = case.rows[changed_row]
     first = data.draw(st.integers(0, row.length))
-    changed = {name: getattr(row, name).clone() for name in TOKEN_FIELDS}
+    changed = {name: tensor.clone() for name, tensor in row.tokens().items()}
     for tensor in changed.values():
         tensor[:, first:] = 3.0 * tensor[:, first:] + 1.0
     rows = [replace(r, **changed) if index == changed_row else r for index, r in enumerate(case.rows)]

@@ -34,6 +34,12 @@ def random_fields(case: Case, open_lengths: list[int], *, seed: int) -> dict[str
         "local_key": randn(longest, head_dim),
         "local_value": randn(longest, value_dim),
     }
+    if context := case.context_tokens:
+        fields |= {"context_key": randn(context, head_dim), "context_value": randn(context, value_dim)}
+        fields["open_context_key"] = randn(min(longest, context), head_dim)
+    if case.settings.get("local_attention") == "sliding":
+        fields["earlier_memory"] = randn(feature_dim, value_dim)
+        fields["earlier_normalizer"] = randn(feature_dim).abs() + 0.5
     return {name: tensor.requires_grad_() for name, tensor in fields.items()}
 
 
@@ -42,6 +48,8 @@ def state_of(fields: dict[str, Tensor], open_lengths: list[int], *, segment_leng
     used = torch.tensor(open_lengths)
     is_open = torch.arange(max(open_lengths)) < used[:, None]
     masks = dict.fromkeys(("local_key", "local_value"), is_open[:, None, :, None])
+    if "open_context_key" in fields:
+        masks["open_context_key"] = is_open[:, None, : fields["open_context_key"].shape[2], None]
     masks |= {
         "pending_memory": (used > 0)[:, None, None, None],
         "pending_normalizer": (used > 0)[:, None, None],

@@ -7,6 +7,8 @@ from torch import Tensor
 from infini_attention.ops import MemoryState, infini_attention
 from infini_attention.ops.step import StepBuffers, infini_attention_step
 
+from .cases import assert_states_equal
+
 SEGMENT, HEADS, KV_HEADS, DIM = 4, 4, 2, 6
 
 
@@ -17,7 +19,7 @@ def tokens(length: int, seed: int = 0) -> dict[str, Tensor]:
         return torch.randn(1, heads, length, DIM, generator=generator, dtype=torch.float64)
 
     tensors = {name: randn(HEADS) for name in ("query", "local_query")}
-    tensors |= {name: randn(KV_HEADS) for name in ("key", "local_key", "value")}
+    tensors |= {name: randn(KV_HEADS) for name in ("key", "local_key", "value", "context_key")}
     return tensors
 
 
@@ -36,8 +38,14 @@ def batch(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("empty_memory", ["local", "gated"])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("width", [None, SEGMENT - 1])
+@pytest.mark.parametrize("local_attention", ["segment", "sliding", "sink"])
 def test_steps_equal_the_function_for_rows_at_different_places(
-    update_rule: str, normalization: str, empty_memory: str, softcap: float | None, width: int | None
+    update_rule: str,
+    normalization: str,
+    empty_memory: str,
+    softcap: float | None,
+    width: int | None,
+    local_attention: str,
 ) -> None:
     gate = torch.randn(HEADS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     settings = {
@@ -47,12 +55,18 @@ def test_steps_equal_the_function_for_rows_at_different_places(
         "softcap": softcap,
     }
     texts, starts, steps = [tokens(20, seed) for seed in range(3)], [0, 5, 10], 7
-    buffers = StepBuffers.empty(1, 3, KV_HEADS, DIM, DIM, segment_length=SEGMENT, dtype=torch.float64)
+    outside = {"local_attention": local_attention, "sink_tokens": 2}
+    if local_attention == "segment":
+        for text in texts:
+            del text["context_key"]
+    buffers = StepBuffers.empty(
+        1, 3, KV_HEADS, DIM, DIM, segment_length=SEGMENT, dtype=torch.float64, **outside
+    )
     states: list[MemoryState | None] = [None, None, None]
     for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
         if start:
             _, states[row] = infini_attention(
-                **piece(text, slice(start)), gate=gate, segment_length=SEGMENT, **settings
+                **piece(text, slice(start)), gate=gate, segment_length=SEGMENT, **settings, **outside
             )
             buffers.load(row, [states[row]])
     places = list(starts)
@@ -69,7 +83,7 @@ def test_steps_equal_the_function_for_rows_at_different_places(
             if not buffers.active[row]:
                 continue
             expected, states[row] = infini_attention(
-                **news[row], gate=gate, segment_length=SEGMENT, state=states[row], **settings
+                **news[row], gate=gate, segment_length=SEGMENT, state=states[row], **settings, **outside
             )
             assert torch.allclose(output[row : row + 1], expected, atol=1e-12)
             places[row] += 1
@@ -77,20 +91,20 @@ def test_steps_equal_the_function_for_rows_at_different_places(
                 buffers.commit([row])
     for row in range(3):
         (stored,) = buffers.store(row, places[row])
-        for name in vars(stored):
-            if name not in ("segment_length", "recent", "open_recent"):
-                assert torch.allclose(
-                    getattr(stored, name).double(), getattr(states[row], name).double(), atol=1e-12
-                ), name
+        assert_states_equal(stored, states[row], tolerance=1e-12)
 
 
-def test_a_loaded_row_holds_nothing_of_its_predecessor() -> None:
-    buffers = StepBuffers.empty(2, 1, KV_HEADS, DIM, DIM, segment_length=SEGMENT, dtype=torch.float64)
-    for name in ("memory", "normalizer", "pending_memory", "pending_normalizer", "local_key", "local_value"):
-        getattr(buffers, name).fill_(float("nan"))
-    empty = MemoryState.empty(1, KV_HEADS, DIM, DIM, segment_length=SEGMENT, dtype=torch.float64)
+@pytest.mark.parametrize("local_attention", ["segment", "sliding", "sink"])
+def test_a_loaded_row_holds_nothing_of_its_predecessor(local_attention: str) -> None:
+    settings = {"segment_length": SEGMENT, "dtype": torch.float64, "local_attention": local_attention}
+    buffers = StepBuffers.empty(2, 1, KV_HEADS, DIM, DIM, **settings)
+    for name, x in vars(buffers).items():
+        if x.is_floating_point() and "recent" not in name:
+            x.fill_(float("nan"))
+    buffers.has_context.fill_(True)
+    empty = MemoryState.empty(1, KV_HEADS, DIM, DIM, **settings)
     buffers.load(0, [empty, empty])
-    assert not any(torch.isnan(x).any() for x in vars(buffers).values())
+    assert not any(x.isnan().any() or x.any() for x in vars(buffers).values())
 
 
 def test_what_a_convolution_looks_back_at_is_each_rows_own() -> None:

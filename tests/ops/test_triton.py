@@ -14,13 +14,13 @@ from torch import Tensor
 
 from .cases import (
     LAYOUTS,
-    STATE_FIELDS,
     TOKEN_FIELDS,
     assert_equal,
     assert_states_equal,
     make_case,
     run,
     scalar,
+    state_fields,
 )
 from .test_parallel import random_fields, state_of
 
@@ -42,7 +42,7 @@ def check(
         leaves = case.to(dtype).leaves()
         leaves = replace(leaves, rows=[replace(row, weights=_detached(row.weights)) for row in leaves.rows])
         tensors = [
-            getattr(row, name) for row in leaves.rows for name in TOKEN_FIELDS
+            tensor for row in leaves.rows for tensor in row.tokens().values()
         ]  # not the segments' weights: the kernels give them no gradient
         tensors.append(leaves.gate)
         state = None
@@ -57,8 +57,8 @@ def check(
     (outputs, state, gradients), (expected, expected_state, expected_gradients) = results
     for actual, wanted in zip(outputs, expected, strict=True):
         assert_equal(actual, wanted, tolerance=TOLERANCE)
-    for name in STATE_FIELDS:
-        assert_equal(getattr(state, name), getattr(expected_state, name), tolerance=TOLERANCE, what=name)
+    for name, wanted in state_fields(expected_state).items():
+        assert_equal(getattr(state, name), wanted, tolerance=TOLERANCE, what=name)
     assert state.length.tolist() == expected_state.length.tolist()
     for actual, wanted in zip(gradients, expected_gradients, strict=True):
         assert_equal(actual, wanted, tolerance=10 * TOLERANCE, what="gradient")
@@ -97,6 +97,16 @@ def test_kernels_equal_the_reference_from_any_state(update_rule: str, layout: st
         update_rule=update_rule,
         feature_map="exp",
     )
+
+
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+@pytest.mark.parametrize("local_attention", ["sliding", "sink"])
+def test_what_is_seen_outside_a_segment_equals_the_reference(update_rule: str, local_attention: str) -> None:
+    """Rows that begin here beside one that has a whole segment already."""
+    settings = {"head_dim": 16, "value_dim": 16, "segment_length": 8, "feature_map": "exp"}
+    settings |= {"update_rule": update_rule, "local_attention": local_attention, "sink_tokens": 2}
+    check([40, 8, 21], **settings)
+    check([40, 0, 21], open_lengths=[3, 0, 5], **settings)
 
 
 @pytest.mark.parametrize("update_rule", ["linear", "delta"])

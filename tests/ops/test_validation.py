@@ -79,6 +79,32 @@ WRONG = {
         "feature_map 'relu' is not registered; choose one of dpfp, elu1",
     ),
     "unknown empty": (good(empty_memory="zero"), "empty_memory is 'zero'; choose one of 'local', 'gated'"),
+    "unknown local attention": (
+        good(local_attention="window"),
+        "local_attention is 'window'; choose one of 'segment', 'sliding', 'sink'",
+    ),
+    "more sinks than a segment": (
+        good(local_attention="sink", sink_tokens=5),
+        "sink_tokens is 5; give from 1 to segment_length, 4",
+    ),
+    "half a sink": (good(local_attention="sink", sink_tokens=2.5), "sink_tokens is 2.5; give from 1 to"),
+    "no sinks": (good(local_attention="sink", sink_tokens=0), "sink_tokens is 0; give from 1 to"),
+    "a key for nobody": (
+        good(context_key=torch.randn(2, 2, 10, 8)),
+        "context_key is given, and with local_attention 'segment'.*leave it out",
+    ),
+    "context key": (
+        good(context_key=torch.randn(2, 2, 9, 8), local_attention="sliding"),
+        r"context_key is \(2, 2, 9, 8\).*it must be like key",
+    ),
+    "state of another local attention": (
+        good(state=state(), local_attention="sliding"),
+        "local_attention 'segment' and 0 tokens .* call has 'sliding' and 4; use the same",
+    ),
+    "state of fewer sinks": (
+        good(state=state(local_attention="sink", sink_tokens=2), local_attention="sink"),
+        "local_attention 'sink' and 2 tokens .* call has 'sink' and 4; use the same",
+    ),
     "unknown backend": (good(backend="cuda"), "backend is 'cuda'; choose one of 'auto', 'reference'"),
     "negative map with delta": (
         good(feature_map="identity", update_rule="delta"),

@@ -50,8 +50,13 @@ def make_model() -> Callable[..., LlamaForCausalLM]:
 
 @pytest.fixture(
     scope="session",
-    params=[{"update_rule": "linear"}, {"update_rule": "delta", "short_convolution": 3}],
-    ids=["linear", "delta, convolved"],
+    params=[
+        {"update_rule": "linear"},
+        {"update_rule": "delta", "short_convolution": 3},
+        {"update_rule": "delta", "local_attention": "sliding"},
+        {"update_rule": "linear", "local_attention": "sink", "sink_tokens": 3},
+    ],
+    ids=["linear", "delta, convolved", "delta, sliding", "linear, sink"],
 )
 def model(request: pytest.FixtureRequest, make_model: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
     return make_model(**request.param)

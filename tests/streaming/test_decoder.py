@@ -36,6 +36,8 @@ def read(model: LlamaForCausalLM, ids: list[int]) -> InfiniCache:
         ({"normalization": "root"}, False),
         ({"normalization": "none"}, False),
         ({"normalization": "unit"}, False),
+        ({"local_attention": "sliding"}, False),
+        ({"local_attention": "sink", "sink_tokens": 3, "update_rule": "delta"}, False),
     ],
     ids=str,
 )

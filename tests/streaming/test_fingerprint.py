@@ -42,7 +42,8 @@ class Holder(nn.Module):
 
 
 def test_it_says_what_the_config_says(make_model: MakeModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    found = fingerprint(make_model(feature_map="relu2", normalization="root"), tokenizer)
+    settings = {"local_attention": "sink", "sink_tokens": 3}
+    found = fingerprint(make_model(feature_map="relu2", normalization="root", **settings), tokenizer)
     expected = {
         "model_type": "infini_llama",
         "adapter": "none",
@@ -51,6 +52,8 @@ def test_it_says_what_the_config_says(make_model: MakeModel, tokenizer: PreTrain
         "feature_map": "relu2",
         "normalization": "root",
         "empty_memory": "local",
+        "local_attention": "sink",
+        "sink_tokens": 3,
         "dtype": "float32",
     }
     assert {name: getattr(found, name) for name in expected} == expected
@@ -62,7 +65,8 @@ def test_models_made_alike_have_the_same(make_model: MakeModel) -> None:
 
 
 def test_differences_are_in_words() -> None:
-    one = Fingerprint("llama", "a" * 64, "none", "b" * 64, 512, "linear", "elu1", "sum", "local", "bfloat16")
+    settings = 512, "linear", "elu1", "sum", "local", "segment", 0
+    one = Fingerprint("llama", "a" * 64, "none", "b" * 64, *settings, "bfloat16")
     assert one.differences(one) == []
     other = replace(one, weights="c" * 64, segment_length=2048, adapter="law,news")
     assert one.differences(other) == [

@@ -20,6 +20,7 @@ from torch import Tensor
 from infini_attention.streaming import state_file
 from infini_attention.streaming.fingerprint import Fingerprint
 from infini_attention.streaming.state_file import (
+    OPTIONAL,
     OpenSegment,
     Shapes,
     Snapshot,
@@ -40,6 +41,8 @@ SHAPES = Shapes(
     value_dim=2,
     recent=2,
     recent_channels=5,
+    context=4,
+    earlier=True,
     vocab_size=11,
     most_tail=20,
     most_snapshots=4,
@@ -54,6 +57,8 @@ PRINT = Fingerprint(
     feature_map="elu1",
     normalization="sum",
     empty_memory="local",
+    local_attention="sliding",
+    sink_tokens=0,
     dtype="bfloat16",
 )
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -82,7 +87,18 @@ def make(
             some(2, 1, 3, 3, dtype=dtype),
             some(2, 1, 3, 2, dtype=dtype),
             some(2, 2, 5, dtype=dtype),
+            some(2, 1, 3, 3, dtype=dtype),
         )
+
+    def outside() -> dict[str, Tensor]:
+        return {
+            "recent": some(2, 2, 5, dtype=dtype),
+            "context_key": some(2, 1, 4, 3, dtype=dtype),
+            "context_value": some(2, 1, 4, 2, dtype=dtype),
+            "earlier_memory": some(2, 1, 3, 2),
+            "earlier_normalizer": some(2, 1, 3),
+        }
+
     return StateContents(
         fingerprint=replace(PRINT, dtype=str(dtype).removeprefix("torch.")),
         tokens=end + tail,
@@ -99,11 +115,11 @@ def make(
                 some(2, 1, 3, 2),
                 some(2, 1, 3),
                 logits(),
-                some(2, 2, 5, dtype=dtype),
+                **outside(),
             )
             for place in range(SEGMENT, end + 1, 2 * SEGMENT)
         ],
-        recent=some(2, 2, 5, dtype=dtype),
+        **outside(),
     )
 
 
@@ -191,24 +207,50 @@ def test_an_open_segment_may_have_no_token_yet(path: Path) -> None:
         torch.zeros(2, 1, 3),
         *(torch.zeros(2, 1, 0, n).bfloat16() for n in (3, 2)),
         torch.zeros(2, 2, 5).bfloat16(),
+        torch.zeros(2, 1, 0, 3).bfloat16(),
     )
     contents = replace(make(exact=True), open_segment=opened)
     write_state(path, contents)
     assert same(read(path), contents)
 
 
-def test_without_a_short_convolution_nothing_is_looked_back_at(path: Path) -> None:
-    whole = make(exact=True)
+def plain() -> StateContents:
+    """An exact state of a model as in the paper: no convolution, and nothing seen outside a segment."""
+    whole, nothing = make(exact=True), dict.fromkeys(OPTIONAL)
     assert whole.open_segment is not None
-    contents = replace(
+    return replace(
         whole,
-        open_segment=replace(whole.open_segment, open_recent=None),
-        snapshots=[replace(snapshot, recent=None) for snapshot in whole.snapshots],
-        recent=None,
+        fingerprint=replace(PRINT, local_attention="segment"),
+        open_segment=replace(whole.open_segment, open_recent=None, open_context_key=None),
+        snapshots=[replace(snapshot, **nothing) for snapshot in whole.snapshots],
+        **nothing,
     )
+
+
+PLAIN_SHAPES = replace(SHAPES, recent=0, recent_channels=0, context=0, earlier=False)
+
+
+def test_without_a_short_convolution_and_with_segments_alone_a_file_holds_no_more(path: Path) -> None:
+    contents = plain()
     write_state(path, contents)
-    assert same(read_state(path, PRINT, replace(SHAPES, recent=0, recent_channels=0)), contents)
+    assert same(read_state(path, contents.fingerprint, PLAIN_SHAPES), contents)
     with pytest.raises(StateFileError, match="recent"):
+        read_state(path, contents.fingerprint, replace(PLAIN_SHAPES, recent=2, recent_channels=5))
+    with pytest.raises(StateFileError, match="context_key"):
+        read_state(path, contents.fingerprint, replace(PLAIN_SHAPES, context=4))
+
+
+def test_a_file_of_the_format_before_loads_as_one_of_segments_alone(path: Path) -> None:
+    def older(facts: dict[str, Any]) -> None:
+        facts["format"] = 2
+        del facts["fingerprint"]["local_attention"], facts["fingerprint"]["sink_tokens"]
+
+    contents = plain()
+    write_state(path, contents)
+    forge(path, facts=older)
+    assert read_header(path)["format"] == 2
+    assert same(read_state(path, contents.fingerprint, PLAIN_SHAPES), contents)
+    with pytest.raises(StateFileError, match="local_attention is segment in the file and sliding here"):
         read(path)
 
 
@@ -242,7 +284,7 @@ def test_the_header_says_what_a_file_holds(path: Path, exact: bool) -> None:
         "mode": "exact" if exact else "compact",
         "snapshots": [8, 24],
         "bytes": size,
-        "format": 2,
+        "format": 3,
         **vars(PRINT),
     }
 
@@ -503,7 +545,7 @@ def test_a_header_made_to_hurt_is_refused(path: Path, header: bytes) -> None:
 @pytest.mark.parametrize("name", [field.name for field in fields(Fingerprint)])
 def test_a_file_of_another_model_or_setting_is_refused_in_words(path: Path, name: str) -> None:
     ours = getattr(PRINT, name)
-    theirs = {"dtype": "float32", "segment_length": 4}.get(name, f"another {name}")
+    theirs = {"dtype": "float32", "segment_length": 4, "sink_tokens": 2}.get(name, f"another {name}")
     write_state(path, make(dtype=torch.float32) if name == "dtype" else make())
     forge(path, facts=lambda facts: facts["fingerprint"].update({name: theirs}))
     words = f"{name} is {theirs} in the file and {ours if len(str(ours)) < 64 else ours[:12]} here"
@@ -526,9 +568,9 @@ def test_every_difference_is_named_before_any_tensor_is_looked_at(path: Path) ->
 @pytest.mark.parametrize("field", [field.name for field in fields(Shapes)])
 def test_a_file_of_other_sizes_is_refused(path: Path, field: str) -> None:
     write_state(path, make(exact=True))
-    sizes = (
-        {0, 1} if field.startswith("most") else {0, getattr(SHAPES, field) - 1, getattr(SHAPES, field) + 1}
-    )
+    right = getattr(SHAPES, field)
+    sizes = {0, 1} if field.startswith("most") else {0, right - 1, right + 1}
+    sizes = {False} if field == "earlier" else sizes
     for size in sizes:
         with pytest.raises(StateFileError, match=r"book\.state cannot be loaded"):
             read_state(path, PRINT, replace(SHAPES, **{field: size}))

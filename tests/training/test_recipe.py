@@ -180,9 +180,10 @@ def test_a_baseline_has_sizes_of_its_own(tmp_path: Path) -> None:
 
 
 def test_the_recipes_memory_is_the_models() -> None:
-    recipe = read_recipe(COPY, ["--model.feature_map=relu2", "--model.normalization=root"]).recipe.model
-    config = make_model(recipe, 64).config
-    assert (config.feature_map, config.normalization) == ("relu2", "root")
+    settings = {"feature_map": "relu2", "normalization": "root", "local_attention": "sink", "sink_tokens": 3}
+    options = [f"--model.{name}={value}" for name, value in settings.items()]
+    config = make_model(read_recipe(COPY, options).recipe.model, 64).config
+    assert {name: getattr(config, name) for name in settings} == settings
 
 
 def test_a_dry_run_says_what_there_would_be_and_leaves_nothing(

@@ -39,6 +39,15 @@ def test_a_sequence_within_one_segment_costs_its_length() -> None:
     assert flops_per_token(llama(), 5) == expected
 
 
+@pytest.mark.parametrize(("local_attention", "outside"), [("sliding", SEGMENT), ("sink", 4)])
+def test_what_is_seen_outside_a_segment_costs_all_but_the_first_segment(
+    local_attention: str, outside: int
+) -> None:
+    plain, ours = (flops_per_token(llama(local_attention=name), 100) for name in ("segment", local_attention))
+    tokens_seen = (100 - SEGMENT) * outside / 100  # a token
+    assert ours - plain == pytest.approx(3 * 2 * 4 * 4 * 8 * tokens_seen)
+
+
 def test_a_wider_feature_map_costs_its_width() -> None:
     narrow, wide = (flops_per_token(llama(feature_map=name), 64) for name in ("elu1", "dpfp"))
     assert wide - narrow == 3 * 2 * 4 * 2 * 8 * 2 * 8

@@ -41,9 +41,15 @@ def compression(config: Any, length: int) -> float:
 
 
 def _infini_floats(config: Any, length: int) -> int:
-    """d_key (d_value + 1) H a layer with a memory, d_key being features; keys and values in the others."""
+    """d_key (d_value + 1) H a layer with a memory, d_key being features; keys and values in the others.
+
+    And what local attention sees outside a segment: sinks, or a segment, beside which M and z stand once
+    without it and once with it.
+    """
     width = head_dim_of(config)
     state = feature_maps.get(config.feature_map).feature_dim(width) * (width + 1)
+    state *= 2 if config.local_attention == "sliding" else 1
+    state += 2 * width * config.context_tokens
     ordinary = set(range(config.num_hidden_layers)) - set(config.infini_layers)
     tokens = sum(min(length, config._window(layer) or length) for layer in ordinary)
     return config.num_key_value_heads * (len(config.infini_layers) * state + 2 * width * tokens)

@@ -58,6 +58,8 @@ def is_local(model: Any) -> bool:
 def _with_others(config: Any, first: str, **usual: str) -> str:
     """`first`, and of the other settings those that are not `usual`."""
     others = [getattr(config, name) for name, value in usual.items() if getattr(config, name) != value]
+    if config.local_attention != "segment":
+        others.append(config.local_attention_name)
     if config.short_convolution:
         others.append(f"convolution of {config.short_convolution}")
     return ", ".join([first, *others])

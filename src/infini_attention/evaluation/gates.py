@@ -73,6 +73,7 @@ class Setting:
     text: str | None
     prompts: Prompts | None
     length: int
+    local_attention: str = "segment"  # as `local_attention_name`; older reports have none
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,7 @@ def gates(
             update_rule=model.config.update_rule,
             feature_map=model.config.feature_map,
             normalization=model.config.normalization,
+            local_attention=model.config.local_attention_name,
             dtype=str(model.dtype).removeprefix("torch."),
             device=str(model.device),
             text=text,
@@ -298,12 +300,13 @@ def _count(kinds: Tensor) -> Tensor:
 def _read(model: Any, document: Prompt, chunk_tokens: int, sums: _Sums) -> Iterator[int]:
     """Read a document, with the memory on and off, and yield each chunk's number of tokens."""
     on, off = InfiniCache(model.config), InfiniCache(model.config)
+    unread = model.config.segment_length * (2 if model.config.local_attention == "sliding" else 1)
     for start in range(0, document.whole, chunk_tokens):
         stop = min(start + chunk_tokens, document.whole)
         # One token more, which the chunk's last is to predict.
         ids = torch.from_numpy(document.tokens(start, stop + 1))
         kinds = torch.from_numpy(document.kinds(start, stop + 1)).long()
-        read, has_memory = kinds[: stop - start], torch.arange(start, stop) >= model.config.segment_length
+        read, has_memory = kinds[: stop - start], torch.arange(start, stop) >= unread
         sums.add_tokens(read, has_memory)
         with token_shares(model, partial(sums.add_share, read, has_memory)):
             loss = _loss(model, ids, stop - start, on)

@@ -4,7 +4,8 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatch
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -105,11 +106,12 @@ def harness(
     Args:
         model: an `infini_*` language model or a baseline, in evaluation mode.
         tokenizer: the model's.
-        tasks: names of tasks, groups or tags, or patterns of some, of lm-eval, `tasks/` and `include_path`.
+        tasks: names of tasks, groups or tags, or patterns of some, of lm-eval, `tasks/` and `include_path`;
+            `GROUP::TASK` for one that a group's file holds.
         include_path: a folder with more task files.
         limit: documents of each task at most, or below 1 their share.
         num_fewshot: examples before each question; default what a task has.
-        data_files: text files, or patterns, that infini_books and infini_continuation are made from.
+        data_files: text files, or patterns, for infini_books, infini_continuation and infini_babi.
         batch_size: rows that are read side by side. Changes speed and working memory.
         memory_reset: the control: the memory is emptied before each continuation.
         chat: put questions into the tokenizer's chat template.
@@ -169,41 +171,60 @@ def require_lm_eval() -> None:
         )
 
 
-def _found(tasks: Sequence[str], folders: list[Path], metadata: dict[str, Any]) -> tuple[Any, list[str]]:
-    """What loads tasks, and names of those asked for; ValueError where there is nothing of the kind."""
+def _found(tasks: Sequence[str], folders: list[Path], metadata: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """What loads tasks, and those asked for, by name or settings; ValueError where there is no such task."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
-    if all(task in manager.all_tasks for task in tasks):  # lm-eval's own thousands take long to look at
-        return manager, [*tasks]
-    own, found = ", ".join(manager.all_tasks), dict[str, None]()
-    manager = TaskManager(include_path=folders, metadata=metadata)
+    own = ", ".join(manager.all_tasks)
+    if not all("::" in task or manager.match_tasks([task]) for task in tasks):
+        manager = TaskManager(include_path=folders, metadata=metadata)  # lm-eval's own take long to look at
+    found: dict[str, Any] = {}
     for task in tasks:
-        if not (matching := manager.match_tasks([task])):
+        named = {name: name for name in manager.match_tasks([task])}
+        matching = _members(task, folders) if "::" in task else named
+        if not matching:
             raise ValueError(
                 f"no task is called {task!r}; here are {own}, and `lm_eval ls tasks` lists others"
             )
-        found |= dict.fromkeys(matching)
-    return manager, [*found]
+        found |= matching
+    return manager, [*found.values()]
+
+
+def _members(asked: str, folders: list[Path]) -> dict[str, Any]:
+    """Settings of the tasks `GROUP::TASK` that match, by name; lm-eval itself knows no part of a group."""
+    from lm_eval.config.group import GroupConfig
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    of_groups = {field.name for field in fields(GroupConfig)}
+    found = {}
+    for path in (path for folder in folders for path in sorted(folder.glob("**/*.yaml"))):
+        if fnmatch(path.stem, asked.partition("::")[0]):
+            group = load_yaml(path)
+            shared = {name: value for name, value in group.items() if name not in of_groups}
+            for member in group["task"] if "group" in group else ():
+                name = f"{group['group']}::{member['task']}"
+                if fnmatch(name, asked):
+                    found[name] = shared | member | {"task": name}
+    return found
 
 
 def _figures(results: dict[str, Any]) -> Iterator[Figure]:
     """What lm-eval found, in its order; groups after tasks."""
-    for kind in ("results", "groups"):
-        for task, found in results.get(kind, {}).items():
-            for name, value in found.items():
-                metric, _, filtered = name.partition(",")
-                if not filtered or metric.endswith("_stderr"):
-                    continue
-                error = found.get(f"{metric}_stderr,{filtered}")
-                known = isinstance(error, int | float) and math.isfinite(error)
-                of_task = results["versions"].get(task)
-                yield Figure(
-                    task=task,
-                    version=None if of_task is None else str(of_task),
-                    shots=results["n-shot"].get(task),
-                    samples=results["n-samples"].get(task, {}).get("effective"),
-                    metric=metric if filtered == "none" else f"{metric}, {filtered}",
-                    value=float(value),
-                    stderr=float(error) if known else None,
-                )
+    for task, found in (results["results"] | results.get("groups", {})).items():
+        for name, value in found.items():
+            metric, _, filtered = name.partition(",")
+            if not filtered or metric.endswith("_stderr"):
+                continue
+            error = found.get(f"{metric}_stderr,{filtered}")
+            known = isinstance(error, int | float) and math.isfinite(error)
+            of_task = results["versions"].get(task)
+            yield Figure(
+                task=task,
+                version=None if of_task is None else str(of_task),
+                shots=results["n-shot"].get(task),
+                samples=results["n-samples"].get(task, {}).get("effective"),
+                metric=metric if filtered == "none" else f"{metric}, {filtered}",
+                value=float(value),
+                stderr=float(error) if known else None,
+            )

@@ -5,21 +5,27 @@ arguments; what means nothing to a function is left aside.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from infini_attention.data.documents import Documents, open_documents
+from infini_attention.data.facts import FactPrompts, candidates
+from infini_attention.data.haystack import first_sentences
 from infini_attention.data.passkey import FILLER, NAMES, PasskeyPrompts
-from infini_attention.data.texts import SHAKESPEARE
+from infini_attention.data.ruler import Ruler
+from infini_attention.data.texts import SHAKESPEARE, open_text
 from infini_attention.evaluation.passkey import GOLDEN, even_depths
 from infini_attention.models import load_tokenizer
 
 WORD = re.compile(r"\S+")
 CHOICES = 4
 SHORTER = 512  # tokens by which prompts of a length differ, so that questions end all over a segment
+SHOWN = 8  # examples before a question, at most
+VARIETY = 4  # texts to hide facts in are so many times as long as a prompt, where there are such; in words
 
 Splits = dict[str, Dataset]
 
@@ -41,10 +47,7 @@ def passkey(
     A prompt has at most `length` tokens, and up to 512 fewer, of the tokenizer that `tokenizer`, or else
     `pretrained`, names. They are the prompts of `infini passkey`, as text.
     """
-    named = pretrained if tokenizer is None else tokenizer
-    if named is None:
-        raise ValueError("lengths are counted in tokens, and no tokenizer is given; name one in the metadata")
-    counting = load_tokenizer(named)
+    counting = _counting(tokenizer, pretrained)
     prompts = PasskeyPrompts(counting, variant, seed=seed)
     rows = []
     for number in range(samples * depths):
@@ -144,13 +147,116 @@ def bindings(
     return {"test": Dataset.from_list(rows)}
 
 
-def _texts(data_files: str | Sequence[str] | None) -> list[str]:
+def babi(
+    *,
+    kind: str,
+    length: int,
+    samples: int,
+    data_files: str | Sequence[str] | None = None,
+    seed: int = 0,
+    tokenizer: str | None = None,
+    pretrained: str | None = None,
+    **others: Any,
+) -> Splits:
+    """Facts hidden in texts, a question about them, and its answer; the split `examples` has facts alone.
+
+    A prompt has at most `length` tokens of the tokenizer that `tokenizer`, or else `pretrained`, names; at 0
+    it has no text but the facts. Texts are files, or patterns of some; by default all plays.
+    """
+    counting = _counting(tokenizer, pretrained)
+    background = first_sentences(_pieces(data_files), words=VARIETY * length)
+    prompts = FactPrompts(counting, kind, background=background, seed=seed)
+    shown = FactPrompts(counting, kind, seed=seed + 1)
+
+    def row(prompts: FactPrompts, number: int, length: int) -> dict[str, str]:
+        pieces, told = prompts.prompt(number, length=length)
+        prompt = "".join(pieces)
+        return {"prompt": prompt, "kind": kind, "question": told.question, "answer": told.answer}
+
+    return {
+        "test": _when_asked_for(lambda number: row(prompts, number, length), samples),
+        "examples": Dataset.from_list([row(shown, number, 0) for number in range(SHOWN)]),
+    }
+
+
+def babi_result(row: dict[str, Any], generated: list[str]) -> dict[str, float]:
+    """BABILong's score: whether the first sentence names the answer and no other word that could be one.
+
+    Case does not count, nor do words that the question names. The rule is that of `compare_answers` in
+    babilong/metrics.py of github.com/booydar/babilong.
+    """
+    said, question = generated[0].lower().partition(".")[0], row["question"].lower()
+    possible = {word.lower() for word in candidates(row["kind"])}
+    named = {word for word in possible if word in said and word not in question}
+    return {"acc": float(named == {row["answer"].lower()})}
+
+
+def ruler(
+    *,
+    kind: str,
+    length: int,
+    samples: int,
+    seed: int = 0,
+    tokenizer: str | None = None,
+    pretrained: str | None = None,
+    **others: Any,
+) -> Splits:
+    """Prompts of RULER's task `kind` and the answers.
+
+    A prompt and the room for its answer have at most `length` tokens of the tokenizer that `tokenizer`, or
+    else `pretrained`, names.
+    """
+    made = Ruler(_counting(tokenizer, pretrained), kind, length=length, seed=seed)
+    return {"test": _when_asked_for(lambda number: {**vars(made.sample(number)), "kind": kind}, samples)}
+
+
+def ruler_result(row: dict[str, Any], generated: list[str]) -> dict[str, float]:
+    """RULER's score: the share of the answers that are part of what was generated, in whatever case.
+
+    Of a question with documents, whose answers mean the same, one is enough.
+    """
+    found = [answer.lower() in generated[0].lower() for answer in row["answers"]]
+    return {"string_match": float(any(found)) if row["kind"].startswith("qa") else sum(found) / len(found)}
+
+
+def _counting(tokenizer: str | None, pretrained: str | None) -> Any:
+    """The tokenizer that lengths are counted by."""
+    named = pretrained if tokenizer is None else tokenizer
+    if named is None:
+        raise ValueError("lengths are counted in tokens, and no tokenizer is given; name one in the metadata")
+    return load_tokenizer(named)
+
+
+def _when_asked_for(make: Callable[[int], dict[str, Any]], samples: int) -> Dataset:
+    """Rows that are made when they are read, and then kept: a limit saves making the others."""
+    made = cache(make)
+
+    def rows(numbers: dict[str, list[int]]) -> dict[str, list[Any]]:
+        found = [made(number) for number in numbers["number"]]
+        return {name: [row[name] for row in found] for name in found[0]}
+
+    return Dataset.from_dict({"number": range(samples)}).with_transform(rows)
+
+
+def _pieces(data_files: str | Sequence[str] | None) -> Iterator[str]:
+    """All texts one after the other, as they are read; by default all plays."""
     if data_files is None:
-        sources = [Documents(SHAKESPEARE, split="validation")]
-    else:
-        sources = [Documents(each) for each in ([data_files] if isinstance(data_files, str) else data_files)]
+        yield from open_text(SHAKESPEARE).pieces()
+        return
+    for source in _named(data_files):
+        for document in open_documents(source):
+            yield from (*document.pieces, "\n")
+
+
+def _texts(data_files: str | Sequence[str] | None) -> list[str]:
+    plays = [Documents(SHAKESPEARE, split="validation")]
+    sources = plays if data_files is None else _named(data_files)
     texts = ["".join(document.pieces) for source in sources for document in open_documents(source)]
     return [text for text in texts if text.strip()]
+
+
+def _named(data_files: str | Sequence[str]) -> list[Documents]:
+    return [Documents(each) for each in ([data_files] if isinstance(data_files, str) else data_files)]
 
 
 def _part(text: str, words: list[re.Match[str]], start: int, count: int) -> str:

@@ -13,7 +13,7 @@ from infini_attention.ops import MemoryState
 def with_memory_reset(cache: InfiniCache) -> InfiniCache:
     """A cache with empty memories, which leaves this one as it is.
 
-    What attention sees of the open segment stays, and with it what that segment had read from the memory.
+    What local attention sees stays, and with it what those tokens had read from the memory.
     """
     return cache.map_states(_emptied)
 
@@ -28,11 +28,10 @@ def check_has_memory(model: Any) -> None:
 
 
 def _emptied(state: MemoryState) -> MemoryState:
-    """The state with nothing in memory, and nothing of the open segment on its way there; its keys stay."""
-    return replace(
-        state,
-        memory=torch.zeros_like(state.memory),
-        normalizer=torch.zeros_like(state.normalizer),
-        pending_memory=torch.zeros_like(state.pending_memory),
-        pending_normalizer=torch.zeros_like(state.pending_normalizer),
-    )
+    """The state with nothing in memory, and nothing on its way there; keys that attention sees stay."""
+    sums: dict[str, Any] = {
+        name: torch.zeros_like(x)
+        for name, x in state.tensors().items()
+        if name.endswith(("memory", "normalizer"))
+    }
+    return replace(state, **sums)

@@ -63,6 +63,7 @@ class Setting:
     samples: int
     exact_lengths: bool
     seed: int
+    local_attention: str = "segment"  # as `local_attention_name`; older reports have none
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,7 @@ def passkey(
         update_rule=model.config.update_rule,
         feature_map=model.config.feature_map,
         normalization=model.config.normalization,
+        local_attention=model.config.local_attention_name,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         variant=variant,

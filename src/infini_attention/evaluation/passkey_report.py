@@ -109,5 +109,6 @@ def _model(report: PasskeyReport) -> str:
     setting = report.setting
     return (
         f"{setting.model} ({setting.model_type}), segments of {setting.segment_length}, "
-        f"{setting.update_rule} rule, {setting.feature_map}, normalization {setting.normalization}"
+        f"{setting.update_rule} rule, {setting.feature_map}, normalization {setting.normalization}, "
+        f"local attention {setting.local_attention}"
     )

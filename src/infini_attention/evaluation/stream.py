@@ -45,6 +45,7 @@ class Setting:
     device: str
     chunk_length: int
     cache_bytes_per_token: int
+    local_attention: str = "segment"  # as `local_attention_name`; older reports have none
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ def stream(
     update_rule: str | None = None,
     feature_map: str | None = None,
     normalization: str | None = None,
+    local_attention: str | None = None,
+    sink_tokens: int | None = None,
     gate_init: float | None = None,
     chunk_length: int | None = None,
     max_tokens: int | None = None,
@@ -129,6 +132,8 @@ def stream(
         update_rule: linear or delta, when retrofitting; default linear.
         feature_map: Feature map of the memory, when retrofitting; default elu1.
         normalization: Of what the memory answers, when retrofitting; default sum.
+        local_attention: segment, sliding or sink, when retrofitting; default segment.
+        sink_tokens: How many of the first tokens sink keeps in sight, when retrofitting; default 4.
         gate_init: Logit of every gate, when retrofitting; default -4, which gives the memory 1.8 percent.
         chunk_length: Tokens that go through the model at once; default whole segments of at least 1024 tokens
             in sum. Changes speed and working memory, no figure.
@@ -146,6 +151,8 @@ def stream(
         "update_rule": update_rule,
         "feature_map": feature_map,
         "normalization": normalization,
+        "local_attention": local_attention,
+        "sink_tokens": sink_tokens,
         "gate_init": gate_init,
     }
     given = {name: value for name, value in settings.items() if value is not None}
@@ -223,6 +230,7 @@ def _setting(model: Any, name: str, retrofitted: bool, chunk_length: int) -> Set
         update_rule=config.update_rule,
         feature_map=config.feature_map,
         normalization=config.normalization,
+        local_attention=config.local_attention_name,
         gate_share=torch.stack(gates).sigmoid().mean().item(),
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),

@@ -57,7 +57,8 @@ def plot(report: StreamReport, path: Path) -> None:
     figure.suptitle(
         f"{report.text}, {report.total.end:,} tokens, read by {setting.model}: segments of "
         f"{setting.segment_length}, {setting.update_rule} rule, {setting.feature_map}, "
-        f"normalization {setting.normalization}" + (", untrained gates" if setting.retrofitted else "")
+        f"normalization {setting.normalization}, local attention {setting.local_attention}"
+        + (", untrained gates" if setting.retrofitted else "")
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -143,7 +144,7 @@ def _costs(report: StreamReport) -> Iterator[tuple[str, str]]:
         "model",
         f"{setting.model} ({setting.model_type}), {setting.dtype} on {setting.device}; segments of "
         f"{setting.segment_length}, {setting.update_rule} rule, {setting.feature_map}, "
-        f"normalization {setting.normalization}",
+        f"normalization {setting.normalization}, local attention {setting.local_attention}",
     )
 
 

@@ -73,7 +73,7 @@ def plot(report: StudyReport, path: Path) -> None:
             axes.set_ylabel(f"{_measures(report)}, %")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     names = ", ".join(report.arms[0].factors)
-    figure.legend(handles, labels, title=names, loc="outside center right", frameon=False, handlelength=4)
+    figure.legend(handles, labels, title=names, loc="outside right center", frameon=False, handlelength=4)
     figure.suptitle(report.study.title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

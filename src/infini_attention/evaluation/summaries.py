@@ -98,6 +98,7 @@ class Setting:
     decoding: Decoding
     window: int
     window_at: WindowAt
+    local_attention: str = "segment"  # as `local_attention_name`; older reports have none
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,7 @@ def summaries(
         update_rule=model.config.update_rule,
         feature_map=model.config.feature_map,
         normalization=model.config.normalization,
+        local_attention=model.config.local_attention_name,
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         documents=documents.source,

@@ -54,7 +54,8 @@ def _remarks(report: SummariesReport) -> Iterator[str]:
     yield f"{said}; at most {decoding.max_new_tokens:,} tokens; {report.seconds:,.1f} s"
     yield (
         f"{setting.model} ({setting.model_type}), segments of {setting.segment_length}, "
-        f"{setting.update_rule} rule, {setting.feature_map}, normalization {setting.normalization}; "
+        f"{setting.update_rule} rule, {setting.feature_map}, normalization {setting.normalization}, "
+        f"local attention {setting.local_attention}; "
         f"{setting.dtype} on {setting.device}"
     )
 

@@ -29,9 +29,12 @@ class SegmentContext(NamedTuple):
         padding_mask: (batch, length) bool, True = a real token; None when all are.
         cu_seqlens: (documents + 1,) for packed documents, else None.
         rotations: by type of layer, the rotation at each token's position inside its own segment.
+        context_rotations: the same at that position less what local attention sees outside a segment: of keys
+            as later segments see them. None where it sees nothing there.
         document_positions: of each token inside its own document, (length,), for packed ones, else None.
         segment_weights: (rows, segments) how often each segment counts in memory; None for once.
         context_group: the process group whose ranks hold runs of segments of these rows, if there is one.
+        tokens_before: (batch,) what rows have before this process's run; None without a group.
     """
 
     padding_mask: Tensor | None
@@ -40,6 +43,8 @@ class SegmentContext(NamedTuple):
     document_positions: Tensor | None = None
     segment_weights: Tensor | None = None
     context_group: Any = None
+    tokens_before: Tensor | None = None
+    context_rotations: dict[str, Rotation] | None = None
 
 
 class FamilyAttentionMixin(nn.Module):
@@ -82,13 +87,16 @@ class FamilyAttentionMixin(nn.Module):
         local_query, local_key = self.apply_rotary(query, key, *rotation)
         return local_query.to(query.dtype), local_key.to(key.dtype)
 
+    def _rotate_key(self, key: Tensor, rotation: Rotation) -> Tensor:
+        return self._rotate(key[:, :0], key, rotation)[1]
+
 
 class InfiniAttentionMixin(FamilyAttentionMixin):
     """Put before a family's attention class: same projections and parameter names, and a memory.
 
     Queries and keys go to the memory as they come from the projections (and from a short convolution and
     norms, where the model has them), before rotation; local attention sees them rotated by positions that
-    restart in every segment.
+    restart in every segment, and keys of outside by positions before it.
     """
 
     def __init__(self, config: Any, layer_idx: int) -> None:
@@ -121,6 +129,9 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
             "scale": self.scaling,
             "softcap": self.softcap,
         }
+        if segment_context.context_rotations is not None:
+            rotation = segment_context.context_rotations[self.rotation_type]
+            settings["context_key"] = self._rotate_key(key, rotation)
         if isinstance(cache, InfiniStepCache):
             output = infini_attention_step(
                 *tensors, cache.buffers, self.layer_idx, width=cache.width, **settings
@@ -133,6 +144,8 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
             output, state = infini_attention(
                 *tensors,
                 segment_length=self.config.segment_length,
+                local_attention=self.config.local_attention,
+                sink_tokens=self.config.sink_tokens,
                 state=before,
                 padding_mask=segment_context.padding_mask,
                 cu_seqlens=segment_context.cu_seqlens,
@@ -173,6 +186,7 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
         self, key: Tensor, value: Tensor, state: MemoryState | None, segment_context: SegmentContext
     ) -> MemoryState:
         """The state before this process's first token."""
+        assert segment_context.tokens_before is not None
         return incoming_state(
             key,
             value,
@@ -182,6 +196,7 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
             normalization=self.config.normalization,
             segment_weights=segment_context.segment_weights,
             state=state,
+            tokens_before=segment_context.tokens_before,
             group=segment_context.context_group,
         )
 

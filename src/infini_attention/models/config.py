@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infini_attention.ops.infini import EMPTY_MEMORY, memory_map
+from infini_attention.ops.local import context_tokens
 from infini_attention.ops.options import check_choice
 
 
@@ -19,12 +20,17 @@ class InfiniConfigMixin:
         normalization: of what memory answers: "sum", "root", "none" or "unit"; see
             `infini_attention.ops.infini_attention`.
         empty_memory: "local" or "gated"; see `infini_attention.ops.infini_attention`.
+        local_attention: what a token attends to beside the memory: "segment", its own, as in the paper;
+            "sliding", the whole segment before it too, which is not read from the memory then; or "sink", the
+            text's first tokens too. See `infini_attention.ops.infini_attention`.
+        sink_tokens: how many those are, at most segment_length; of no meaning but for "sink".
         short_convolution: how many tokens, a token and those just before it, every query and
             every key is a learned mixture of, at most segment_length; 0 for queries and keys as in the paper.
             See `ops.convolution`.
         infini_layers: indices of the layers that have a memory. None stands for every full-attention layer
-            and every sliding-window layer whose window is at least `segment_length` (such a window never
-            bites inside a segment); the list that this comes to replaces it.
+            and every sliding-window layer whose window is at least what local attention sees, which is
+            `segment_length` and what it sees outside (such a window never bites); the list that this comes to
+            replaces it.
         gate_init: initial logit of every head's gate. 0 for training from scratch; well below 0 keeps a
             retrofitted model close to its base.
 
@@ -37,6 +43,8 @@ class InfiniConfigMixin:
     feature_map: str = "elu1"
     normalization: str = "sum"
     empty_memory: str = "local"
+    local_attention: str = "segment"
+    sink_tokens: int = 4
     short_convolution: int = 0
     infini_layers: list[int] | None = None
     gate_init: int | float = 0.0
@@ -54,6 +62,7 @@ class InfiniConfigMixin:
             raise ValueError(f"segment_length is {self.segment_length}; give a whole number of at least 1")
         memory_map(self.update_rule, self.feature_map, self.normalization)
         check_choice("empty_memory", self.empty_memory, EMPTY_MEMORY)
+        _ = self.context_tokens
         if self.short_convolution < 0 or self.short_convolution == 1:
             raise ValueError(
                 f"short_convolution is {self.short_convolution}; give 0 for none, or at least 2 tokens, say 8"
@@ -81,6 +90,18 @@ class InfiniConfigMixin:
                 "retrofit all layers (layers=None, and a segment_length of at most their sliding window)"
             )
 
+    @property
+    def context_tokens(self) -> int:
+        """Tokens outside its own segment that local attention sees; ValueError for what cannot be right."""
+        return context_tokens(
+            self.local_attention, segment_length=self.segment_length, sink_tokens=self.sink_tokens
+        )
+
+    @property
+    def local_attention_name(self) -> str:
+        """Local attention as reports name it: "segment", "sliding", or such as "4 sinks"."""
+        return f"{self.sink_tokens} sinks" if self.local_attention == "sink" else self.local_attention
+
     def layer_type(self, layer: int) -> str:
         """What the family calls the attention of `layer`: "full_attention", or "sliding_attention"."""
         layer_types = getattr(self, "layer_types", None)
@@ -94,9 +115,8 @@ class InfiniConfigMixin:
         layers = self.infini_layers or []
         if not layers:
             raise ValueError(
-                f"no layer would have a memory: every layer's sliding window is shorter than segment_length "
-                f"{self.segment_length}, or infini_layers is empty; name layers, or choose a segment_length "
-                "of at most the window"
+                f"no layer would have a memory: every layer's sliding window is shorter than {self._seen}, "
+                "or infini_layers is empty; name layers, or choose a segment_length of at most the window"
             )
         if len(set(layers)) < len(layers) or not all(0 <= layer < self._layers for layer in layers):
             raise ValueError(
@@ -106,13 +126,20 @@ class InfiniConfigMixin:
             if not self._can_have_memory(layer):
                 raise ValueError(
                     f"layer {layer} has a sliding window of {self._window(layer)} tokens, shorter than "
-                    f"segment_length {self.segment_length}; leave it out of the layers, or choose a "
-                    "segment_length of at most its window"
+                    f"{self._seen}; leave it out of the layers, or choose a segment_length of at most its "
+                    "window"
                 )
 
     def _can_have_memory(self, layer: int) -> bool:
         window = self._window(layer)
-        return window is None or window >= self.segment_length
+        return window is None or window >= self.segment_length + self.context_tokens
+
+    @property
+    def _seen(self) -> str:
+        """What local attention sees at most, in words."""
+        outside = self.context_tokens
+        beside = f" and the {outside} tokens that {self.local_attention!r} sees outside" if outside else ""
+        return f"segment_length {self.segment_length}{beside}"
 
     def _window(self, layer: int) -> int | None:
         """The sliding window of `layer` in tokens; None where attention is full."""

@@ -16,8 +16,8 @@ from infini_attention.models.compat import CACHE_ARGUMENT, pop_cache
 from infini_attention.models.inputs import packed_documents, padding_of, positions_of
 from infini_attention.models.loss import Teaching, asked_for, chunked_loss, logits_of, shifted
 from infini_attention.models.runs import in_runs
-from infini_attention.ops import segment_positions
-from infini_attention.ops.context_parallel import check_division
+from infini_attention.ops import MemoryState, segment_positions
+from infini_attention.ops.context_parallel import tokens_before
 from infini_attention.ops.options import capturing
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -147,8 +147,12 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
         )
         if use_cache is None:
             use_cache = self.config.use_cache and cu_seqlens is None and not self._checkpoints_activations
+        before = None
         if context_group is not None:
-            self._check_context(context_group, batch, length, padding_mask, cu_seqlens)
+            self._check_context(padding_mask, cu_seqlens)
+            state = self._first_state(cache)
+            size = self.config.segment_length
+            before = tokens_before(length, batch, segment_length=size, state=state, group=context_group)
         if use_cache and cache is None:
             cache = self.cache_class(self.config)
 
@@ -159,7 +163,7 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
             positions = segment_positions(
                 length,
                 segment_length=self.config.segment_length,
-                open_lengths=self._open_lengths(cache),
+                open_lengths=None if (state := self._first_state(cache)) is None else state.open_length,
                 padding_mask=padding_mask,
                 cu_seqlens=cu_seqlens,
                 device=like.device,
@@ -174,6 +178,7 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
             # Nobody reads these two. A mask that already has four dimensions keeps the family's forward from
             # building one of length x length; short positions keep its rotary embedding in range.
             masks, position_ids = like.new_empty(0, 0, 0, 0), positions
+        rotations, context_rotations = self._rotations(like, positions)
         return super().forward(
             input_ids=input_ids,
             attention_mask=masks,
@@ -183,10 +188,12 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
             segment_context=SegmentContext(
                 padding_mask,
                 cu_seqlens,
-                self._rotations(like, positions),
+                rotations,
                 None if cu_seqlens is None else positions_of(cu_seqlens, length)[0].to(like.device),
                 segment_weights,
                 context_group,
+                before,
+                context_rotations,
             ),
             **{CACHE_ARGUMENT: cache},
             **kwargs,
@@ -200,22 +207,34 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
     def _checkpoints_activations(self) -> bool:
         return self.gradient_checkpointing and self.training
 
-    def _rotations(self, like: Tensor, positions: Tensor) -> dict[str, Rotation]:
-        """By type of the layers with a memory, the rotation at the tokens' `positions` in their segments."""
+    def _rotations(
+        self, like: Tensor, positions: Tensor
+    ) -> tuple[dict[str, Rotation], dict[str, Rotation] | None]:
+        """`rotations` and `context_rotations` of a SegmentContext, of tokens at these places in segments."""
         types = sorted({self.config.layer_type(layer) for layer in self.config.infini_layers})
-        return {layer_type: self._rotation(like, positions, layer_type) for layer_type in types}
+        outside = self.config.context_tokens
+        if not outside:
+            return {kind: self._rotation(like, positions, kind) for kind in types}, None
+        # Both at once: some embeddings choose their frequencies by the largest position that they are given.
+        both = torch.cat([positions, positions - outside], dim=1)
+        tables = {kind: self._rotation(like, both, kind) for kind in types}
+        own, seen_later = slice(positions.shape[1]), slice(positions.shape[1], None)
+        return (
+            {kind: (cos[:, own], sin[:, own]) for kind, (cos, sin) in tables.items()},
+            {kind: (cos[:, seen_later], sin[:, seen_later]) for kind, (cos, sin) in tables.items()},
+        )
 
     def _rotation(self, like: Tensor, positions: Tensor, layer_type: str) -> Rotation:
         cos, sin = self.rotary_emb(like, positions)
         return cos, sin
 
-    def _open_lengths(self, cache: InfiniCache | None) -> Tensor | None:
-        """(batch,) tokens of each row's open segment; None at the start."""
+    def _first_state(self, cache: InfiniCache | None) -> MemoryState | None:
+        """The state of the first layer with a memory, as long as all others'; None at the start."""
         if cache is None:
             return None
         layer = cache.layers[self.config.infini_layers[0]]
         assert isinstance(layer, InfiniCacheLayer)
-        return None if layer.state is None else layer.state.open_length
+        return layer.state
 
     def _ordinary_masks(
         self, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Any, inputs: Tensor
@@ -262,17 +281,19 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
                 "needs them in order; use data parallelism, or FSDP"
             )
 
-    def _check_context(
-        self, group: Any, batch: int, length: int, padding_mask: Tensor | None, cu_seqlens: Tensor | None
-    ) -> None:
-        """Raise ValueError where the processes of `group` cannot share out a sequence."""
+    def _check_context(self, padding_mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        """Raise ValueError where processes cannot share out a sequence."""
         self.config.check_every_layer_has_memory()
+        if self.config.context_tokens:
+            raise ValueError(
+                f"context_group is set, and with local_attention {self.config.local_attention!r} tokens see "
+                "keys that another process holds; use data parallelism, or local_attention='segment'"
+            )
         if padding_mask is not None or cu_seqlens is not None:
             raise ValueError(
                 "context_group is set, and rows are padded or packed: their cuts would not fall where "
                 "processes end; give whole rows of equal length, or use data parallelism"
             )
-        check_division(length, batch, segment_length=self.config.segment_length, group=group)
 
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, InfiniCache):

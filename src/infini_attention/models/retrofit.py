@@ -19,6 +19,8 @@ def retrofit(
     feature_map: str = "elu1",
     normalization: str = "sum",
     empty_memory: str = "local",
+    local_attention: str = "segment",
+    sink_tokens: int = 4,
     short_convolution: int = 0,
     layers: list[int] | None = None,
     gate_init: float = -4.0,
@@ -26,7 +28,8 @@ def retrofit(
 ) -> Any:
     """Turn a pre-trained decoder into its `infini_*` type: same parameter names, and gates beside them.
 
-    Inputs of at most one segment give the base model's logits, before any training.
+    Inputs of at most one segment give the base model's logits, before any training; of at most two, where
+    local attention slides.
 
     Args:
         model_or_path: a model in memory, or whatever `load_model` takes. A model in memory is not changed,
@@ -37,10 +40,13 @@ def retrofit(
         normalization: of what memory answers: "sum", "root", "none" or "unit"; see
             `infini_attention.ops.infini_attention`.
         empty_memory: "local" or "gated"; see `infini_attention.ops.infini_attention`.
+        local_attention: "segment", "sliding" or "sink"; see there. Many pre-trained models attend to a text's
+            first tokens throughout, as sinks; "sliding" loses sight of them, so it wants training.
+        sink_tokens: how many of the text's first tokens "sink" keeps in sight.
         short_convolution: tokens that every query and key becomes a mixture of, which begins as the token
             itself alone; 0 for none. See `ops.convolution`.
         layers: indices of the layers that get a memory; default every layer with full attention, and every
-            one whose sliding window is at least `segment_length`.
+            one whose sliding window is at least `segment_length` and what is seen outside a segment.
         gate_init: initial logit of every gate; -4 gives the memory, still untrained, 1.8 % of each output.
         dtype: of the new model; default the base's. Gates are fp32 always.
 
@@ -58,6 +64,8 @@ def retrofit(
         "feature_map": feature_map,
         "normalization": normalization,
         "empty_memory": empty_memory,
+        "local_attention": local_attention,
+        "sink_tokens": sink_tokens,
         "short_convolution": short_convolution,
         "infini_layers": layers,
         "gate_init": gate_init,

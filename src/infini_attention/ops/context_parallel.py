@@ -5,7 +5,8 @@ looks back at, which `incoming_recent` gets by one more all-gather. What a run o
 of fixed size. With the sums A_s, B_s, z_s of `ops.parallel`, and w_s for how often a segment counts:
 
     linear   M <- M + U        U = sum_s w_s B_s
-    delta    M <- T M + U      [T | U] = X, scanned X <- X - A_s X + [0 | w_s B_s] from X = [I | 0]
+    delta    M <- M + D M + U  [D | U] of all segments, joined from [-A_s | w_s B_s] of each by neighbours:
+                               [D | U] = [D_1 | U_1] + [D_2 | U_2] + D_2 [D_1 | U_1]
     both     z <- z + sum_s w_s z_s
 
 Each rank sends this of its run, and folds what the ranks before it sent. That is one all-gather for the
@@ -41,14 +42,16 @@ def incoming_state(
     normalization: str = "sum",
     segment_weights: Tensor | None = None,
     state: MemoryState | None = None,
+    tokens_before: Tensor,
     group: "dist.ProcessGroup",
 ) -> MemoryState:
     """The state that this rank's first token meets: what `infini_attention` takes as `state` for its run.
 
+    For local attention of segments alone: with another, tokens would see keys that the rank before holds.
     Collective: every rank of `group` calls it with the next run of the same sequences, without padding or
-    packing (see `check_division`). The outputs of `infini_attention` are then those of one process, and the
-    last rank's state is that of the whole sequences. Gradients cross ranks: each calls backward on a loss
-    that its output enters, if only with weight 0, and with gradients switched on or off on all alike.
+    packing. The outputs of `infini_attention` are then those of one process; the last rank's state is that
+    of the whole sequences. Gradients cross ranks: each calls backward on a loss that its output enters, if
+    only with weight 0, and with gradients switched on or off on all alike.
 
     Args:
         key: (batch, kv_heads, length, head_dim), without position embedding; length is a multiple of
@@ -60,6 +63,7 @@ def incoming_state(
         normalization: as in `infini_attention`.
         segment_weights: (batch, segments of this run): how often each counts in memory.
         state: the tokens before the whole sequences, on the first rank only, with no segment open.
+        tokens_before: what the function of that name says; once for all layers that share out the same runs.
         group: the ranks, in the order of their runs.
 
     Returns:
@@ -67,15 +71,13 @@ def incoming_state(
 
     Raises:
         ValueError: an update rule, feature map or normalization that `infini_attention` refuses; a state on
-            another rank than the first, or of another kind than the inputs need; a run that ends inside a
-            segment before the last rank.
+            another rank than the first, or of another kind than the inputs need.
     """
     sigma, rank = memory_map(update_rule, feature_map, normalization), dist.get_rank(group)
     start = MemoryState.before(key, value, segment_length=segment_length, feature_map=feature_map)
     if state is not None:
         _check_state(state, start, rank)
         start = state
-    length = _length_before(start, key, group)
 
     with torch.autocast(autocast_type(key.device), enabled=False):
         keys = sigma(_whole_segments(key, segment_length).to(start.memory.dtype))
@@ -88,7 +90,7 @@ def incoming_state(
             memory, normalizer = _delta(keys, memory_sums, normalizer_sums, start, group)
         else:
             memory, normalizer = _linear(memory_sums, normalizer_sums, start, group)
-    return replace(start, memory=memory, normalizer=normalizer, length=length)
+    return replace(start, memory=memory, normalizer=normalizer, length=tokens_before)
 
 
 def incoming_recent(x: Tensor, recent: Tensor | None, before: int, group: "dist.ProcessGroup") -> Tensor:
@@ -107,16 +109,27 @@ def incoming_recent(x: Tensor, recent: Tensor | None, before: int, group: "dist.
     return carried + _gather(last, group)[max(rank - 1, 0) : rank].sum(dim=0)
 
 
-def check_division(length: int, rows: int, *, segment_length: int, group: "dist.ProcessGroup") -> None:
-    """Refuse runs that `incoming_state` cannot join; collective, once before a forward pass.
+def tokens_before(
+    length: int,
+    rows: int,
+    *,
+    segment_length: int,
+    state: MemoryState | None = None,
+    group: "dist.ProcessGroup",
+) -> Tensor:
+    """Each row's tokens before this rank's run, (rows,) int64 on the CPU.
 
-    `length` and `rows` are this rank's tokens and sequences. Raises the same ValueError on every rank where
-    one holds no tokens or other rows than the first, or one before the last ends inside a segment.
+    Collective, once before a forward pass: it has the host wait for the device. `length` and `rows` are this
+    rank's tokens and sequences, `state` is that of the tokens before the whole sequences, on the first rank.
+    Raises the same ValueError on every rank where `incoming_state` cannot join the runs: one holds no tokens
+    or other rows than the first, one before the last ends inside a segment, or `state` has one open.
     """
     held: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(held, (length, rows), group=group)
-    _check_whole([tokens for tokens, _ in held], segment_length)
-    for rank, (tokens, batch) in enumerate(held):
+    carried = [0] * rows if state is None else state.length.tolist()
+    dist.all_gather_object(held, (length, rows, carried), group=group)
+    lengths = [tokens for tokens, _, _ in held]
+    _check_whole(lengths, segment_length)
+    for rank, (tokens, batch, _) in enumerate(held):
         if tokens == 0:
             raise ValueError(f"rank {rank} of {len(held)} holds no tokens; divide by segment_split")
         if batch != held[0][1]:
@@ -124,6 +137,12 @@ def check_division(length: int, rows: int, *, segment_length: int, group: "dist.
                 f"rank {rank} of {len(held)} holds {batch} rows and rank 0 {held[0][1]}; "
                 "give every rank a run of the same sequences"
             )
+    before_all = torch.tensor(held[0][2])
+    if open_length := int((before_all % segment_length).max()):
+        raise ValueError(
+            f"state has {open_length} tokens of an open segment; runs begin with a segment: finish it first"
+        )
+    return before_all.add(sum(lengths[: dist.get_rank(group)]))
 
 
 def segment_split(length: int, *, segment_length: int, ranks: int) -> list[slice]:
@@ -152,6 +171,11 @@ def _check_state(state: MemoryState, empty: MemoryState, rank: int) -> None:
             f"state was made with segment_length {state.segment_length}, this call has "
             f"{empty.segment_length}; use the same"
         )
+    if state.local_attention != "segment":
+        raise ValueError(
+            f"state was made with local_attention {state.local_attention!r}, whose keys the other ranks "
+            "would not see; use 'segment'"
+        )
     given, needed = (f"{tuple(one.memory.shape)} {one.memory.dtype}" for one in (state, empty))
     if given != needed:
         raise ValueError(
@@ -167,19 +191,6 @@ def _check_whole(lengths: Sequence[int], segment_length: int) -> None:
                 f"rank {rank} of {len(lengths)} holds {length} tokens, not whole segments of "
                 f"{segment_length}; only the last may end inside one: divide by segment_split"
             )
-
-
-def _length_before(start: MemoryState, key: Tensor, group: "dist.ProcessGroup") -> Tensor:
-    """Each row's tokens before this rank's, (batch,) int64 on the CPU."""
-    tokens = torch.full_like(start.length, key.shape[2])
-    gathered = _all_gather(torch.stack([start.length, tokens]).to(key.device), group).cpu()
-    _check_whole(gathered[:, 1, 0].tolist(), start.segment_length)
-    open_length = int((gathered[0, 0] % start.segment_length).max())
-    if open_length:
-        raise ValueError(
-            f"state has {open_length} tokens of an open segment; runs begin with a segment: finish it first"
-        )
-    return start.length + gathered[: dist.get_rank(group)].sum(dim=(0, 1))
 
 
 def _whole_segments(x: Tensor, segment_length: int) -> Tensor:
@@ -204,23 +215,35 @@ def _delta(
 ) -> tuple[Tensor, Tensor]:
     """M and z before this rank's run; `keys` are features, (batch, kv_heads, segments, N, feature_dim)."""
     normalizer = _sum_before(start.normalizer, normalizer_sums.sum(dim=2), group)
-    before_z = torch.stack([*accumulate(normalizer_sums.unbind(2), initial=normalizer)], dim=2)[:, :, :-1]
+    before_z = torch.cat([normalizer[:, :, None], normalizer_sums], dim=2).cumsum(dim=2)[:, :, :-1]
     removal = keys.transpose(-1, -2) @ (keys / denominator(keys, before_z))  # A_s
-
-    feature_dim = keys.shape[-1]
-    identity = torch.eye(feature_dim, dtype=keys.dtype, device=keys.device)
-    identity = identity.expand(*start.memory.shape[:2], -1, -1)
+    D, U = _joined(removal, memory_sums).tensor_split([keys.shape[-1]], dim=-1)
     # The last part has no columns. It ties the two gathers together where a run has no whole segment, so that
     # both are in every rank's backward.
-    X = torch.cat([identity, start.memory, normalizer[..., None][..., :0]], dim=-1)
-    for A, B in zip(removal.unbind(2), F.pad(memory_sums, (feature_dim, 0)).unbind(2), strict=True):
-        X = X - A @ X + B  # (I - A) @ X would round X itself
+    X = torch.cat([D, start.memory + D @ start.memory + U, normalizer[..., None][..., :0]], dim=-1)
 
     gathered = _gather(X, group)
-    memory = start.memory + gathered[:0, ..., feature_dim:].sum(dim=0)  # the first rank's part in the graph
-    for T, U in (pair.tensor_split([feature_dim], dim=-1) for pair in gathered[: dist.get_rank(group)]):
-        memory = T @ memory + U
+    memory = start.memory + gathered[:0, ..., keys.shape[-1] :].sum(
+        dim=0
+    )  # the first rank's part in the graph
+    for D, U in (pair.tensor_split([keys.shape[-1]], dim=-1) for pair in gathered[: dist.get_rank(group)]):
+        memory = memory + D @ memory + U
     return memory, normalizer
+
+
+def _joined(removal: Tensor, added: Tensor) -> Tensor:
+    """[D | U] of all segments, (batch, kv_heads, feature_dim, feature_dim + value_dim); 0 of none.
+
+    By neighbours, so that S segments take log2(S) steps. D is T - I, as T itself would round what is small.
+    """
+    X, feature_dim = torch.cat([-removal, added], dim=-1), removal.shape[-1]
+    X = F.pad(X, (0, 0, 0, 0, 0, 1)) if X.shape[2] == 0 else X
+    while X.shape[2] > 1:
+        even = X.shape[2] // 2 * 2
+        first, second = X[:, :, :even:2], X[:, :, 1:even:2]
+        joined = first + second + second[..., :feature_dim] @ first
+        X = torch.cat([joined, X[:, :, even:]], dim=2)
+    return X[:, :, 0]
 
 
 def _sum_before(carried: Tensor, own: Tensor, group: "dist.ProcessGroup") -> Tensor:

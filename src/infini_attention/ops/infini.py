@@ -11,6 +11,7 @@ from torch import Tensor
 
 from infini_attention.ops import feature_maps
 from infini_attention.ops.layout import Layout, plan
+from infini_attention.ops.local import context_tokens
 from infini_attention.ops.normalization import normalized
 from infini_attention.ops.options import Inputs, Options, autocast_type, capturing, check_choice
 from infini_attention.ops.parallel import parallel
@@ -34,10 +35,13 @@ def infini_attention(
     segment_length: int,
     local_query: Tensor | None = None,
     local_key: Tensor | None = None,
+    context_key: Tensor | None = None,
     update_rule: str = "linear",
     feature_map: str = "elu1",
     normalization: str = "sum",
     empty_memory: str = "local",
+    local_attention: str = "segment",
+    sink_tokens: int = 4,
     state: MemoryState | None = None,
     padding_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -61,6 +65,10 @@ def infini_attention(
         segment_length: N, tokens a segment.
         local_query: `query` with position embedding, for local attention; default `query`.
         local_key: `key` with position embedding; default `key`.
+        context_key: `key` as later segments see it, where local attention sees outside its own: with the
+            position embedding of a place that is segment_length ("sliding") or sink_tokens ("sink") before
+            that of `local_key`, so that token j of a segment is N + j - i, or sink_tokens + j - i, from
+            token i outside it. Default `local_key`.
         update_rule: "linear", equation (8), or "delta", equation (9).
         feature_map: sigma, a name of `ops.feature_maps`.
         normalization: of what memory answers to a query q: "sum", sigma(q) M / (sigma(q) z), equation (7);
@@ -68,6 +76,12 @@ def infini_attention(
             queries and keys scaled to length 1. The delta rule takes "sum" alone.
         empty_memory: "local": while memory holds nothing, local attention alone is the output;
             "gated": the literal equation (10), in which it is shrunk to its share.
+        local_attention: what the softmax of a token in segment t is over. "segment", the paper's: that
+            segment so far. "sliding": all of segment t - 1 too, and the memory read is M_{t-2}, of the
+            segments before that; so each earlier token is seen or remembered, none both, and inputs of at
+            most 2N tokens are ordinary attention. "sink": the row's first `sink_tokens` tokens too, for ever
+            (attention sinks, arXiv 2309.17453); memory holds them like all others.
+        sink_tokens: at most segment_length; of no meaning but for "sink".
         state: the tokens so far, from an earlier call; None starts afresh.
         padding_mask: (batch, length) bool, True = a real token. Padding is seen by nobody, enters no sum and
             moves no cut; the output there is 0.
@@ -91,18 +105,32 @@ def infini_attention(
     local_key = key if local_key is None else local_key
     sigma = memory_map(update_rule, feature_map, normalization)
     check_choice("empty_memory", empty_memory, EMPTY_MEMORY)
-    _check_shapes(query, key, value, gate, local_query, local_key)
     _check_numbers(segment_length, scale, softcap)
+    context = context_tokens(local_attention, segment_length=segment_length, sink_tokens=sink_tokens)
+    if context_key is not None and not context:
+        raise ValueError(
+            "context_key is given, and with local_attention 'segment' nothing outside a segment is seen; "
+            "leave it out, or choose local_attention='sliding' or 'sink'"
+        )
+    context_key = local_key if context and context_key is None else context_key
+    _check_shapes(query, key, value, gate, local_query, local_key, context_key)
     _check_masks(query, padding_mask, cu_seqlens)
     rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    open_lengths = [0] * rows
+    lengths = [0] * rows
     if state is None:
         state = MemoryState.before(
-            key, value, segment_length=segment_length, feature_map=feature_map, rows=rows
+            key,
+            value,
+            segment_length=segment_length,
+            feature_map=feature_map,
+            local_attention=local_attention,
+            sink_tokens=sink_tokens,
+            rows=rows,
         )
     else:
         _check_state(state, rows, key, value, sigma, segment_length)
-        open_lengths = state.open_length.tolist()
+        _check_context(state, local_attention, context)
+        lengths = state.length.tolist()
     if check_finite:
         tokens = {
             "query": query,
@@ -111,6 +139,7 @@ def infini_attention(
             "local_query": local_query,
             "local_key": local_key,
         }
+        tokens |= {} if context_key is None else {"context_key": context_key}
         _check_finite({name: _without_padding(x, padding_mask) for name, x in tokens.items()})
         fields = {name: x for name, x in state.tensors().items() if name != "length"}
         _check_finite({"gate": gate} | fields)
@@ -119,7 +148,7 @@ def infini_attention(
         query.shape[0],
         query.shape[2],
         segment_length=segment_length,
-        open_lengths=open_lengths,
+        lengths=lengths,
         device=query.device,
         padding_mask=padding_mask,
         cu_seqlens=cu_seqlens,
@@ -135,7 +164,7 @@ def infini_attention(
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap,
     )
-    inputs = Inputs(query, key, value, local_query, local_key, gate, segment_weights)
+    inputs = Inputs(query, key, value, local_query, local_key, context_key, gate, segment_weights)
     with torch.autocast(autocast_type(query.device), enabled=False):
         return _backend(backend, query, value, normalization)(inputs, layout, state, options)
 
@@ -205,7 +234,13 @@ def _triton(
 
 
 def _check_shapes(
-    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, local_query: Tensor, local_key: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    local_query: Tensor,
+    local_key: Tensor,
+    context_key: Tensor | None,
 ) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
@@ -233,11 +268,13 @@ def _check_shapes(
         raise ValueError(f"query has shape {tuple(query.shape)}, a batch of no rows; leave out the call")
     if heads == 0 or kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query has {heads} heads and key {kv_heads}; heads must be a multiple of kv_heads")
-    for name, local, plain in (("local_query", local_query, query), ("local_key", local_key, key)):
+    encoded = [("local_query", local_query, query), ("local_key", local_key, key)]
+    encoded += [] if context_key is None else [("context_key", context_key, key)]
+    for name, local, plain in encoded:
         if local.shape != plain.shape or local.dtype != plain.dtype or local.device != plain.device:
             raise ValueError(
                 f"{name} is {tuple(local.shape)} {local.dtype} on {local.device}; it must be like "
-                f"{name.removeprefix('local_')}, {tuple(plain.shape)} {plain.dtype} on {plain.device}"
+                f"{name.split('_')[1]}, {tuple(plain.shape)} {plain.dtype} on {plain.device}"
             )
     if gate.shape != (heads,) or gate.device != query.device:
         raise ValueError(
@@ -318,6 +355,15 @@ def _check_state(
     if state.local_key.dtype != key.dtype:
         raise ValueError(
             f"state's open segment is {state.local_key.dtype}, inputs are {key.dtype}; convert the inputs"
+        )
+
+
+def _check_context(state: MemoryState, local_attention: str, context: int) -> None:
+    given = state.local_attention, state.context_tokens
+    if given != (local_attention, context):
+        raise ValueError(
+            f"state was made with local_attention {given[0]!r} and {given[1]} tokens outside the segment, "
+            f"this call has {local_attention!r} and {context}; use the same"
         )
 
 

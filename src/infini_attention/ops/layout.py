@@ -11,6 +11,7 @@ taken out before anything is computed and put back, as zeros, into the output.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,9 +22,9 @@ class Stretches:
     """Runs of consecutive real tokens, each of one row, to be handled side by side.
 
     `starts` and `counts` are in tokens of the row, `used` are tokens that the run's segment holds already.
-    `columns` says which of the call's segments each run lies in. Where the runs are the same slice of every
-    row, `span` is that slice; else `index` holds their flat (batch * length) positions, (runs, width), in
-    which places beyond a run's end repeat a real token.
+    `columns` says which of the call's segments each run lies in, `first` whether that is its row's first of
+    all. Where the runs are the same slice of every row, `span` is that slice; else `index` holds their flat
+    (batch * length) positions, (runs, width), in which places beyond a run's end repeat a real token.
     """
 
     rows: list[int]
@@ -31,6 +32,7 @@ class Stretches:
     counts: list[int]
     used: list[int]
     columns: list[int]
+    first: list[bool]
     span: slice | None
     index: Tensor | None
 
@@ -74,15 +76,17 @@ class Whole(Stretches):
 class Layout:
     """The plan of one call: which tokens are real, whose they are, and how they are cut.
 
-    Per row: `open_lengths` tokens are in its open segment already, `counts` are new, of which `heads` finish
-    that segment and then fill so many whole `segments`. `real` lists the flat (batch * length) positions of
-    the real tokens, row after row; None when every token is real and rows are the batch's own.
+    Per row: `open_lengths` tokens are in its open segment already, which is its `first` of all or not;
+    `counts` are new, of which `heads` finish that segment and then fill so many whole `segments`. `real`
+    lists the flat (batch * length) positions of the real tokens, row after row; None when every token is real
+    and rows are the batch's own.
     """
 
     batch: int
     length: int
     segment_length: int
     open_lengths: list[int]
+    first: list[bool]
     counts: list[int]
     heads: list[int]
     segments: list[int]
@@ -96,7 +100,9 @@ class Layout:
 
     def head(self) -> Stretches | None:
         """What continues the open segments; None if no row has one or there is nothing to add."""
-        return self._open_stretches([0] * self.rows, self.heads, self.open_lengths, [0] * self.rows)
+        return self._open_stretches(
+            [0] * self.rows, self.heads, self.open_lengths, [0] * self.rows, self.first
+        )
 
     def tail(self) -> Stretches | None:
         """What is left after the last whole segment of each row; None if nothing is."""
@@ -107,14 +113,22 @@ class Layout:
         used = [end % self.segment_length for end in ends]  # not 0 where a head did not finish its segment
         last = self.columns - 1  # a row that ends with a whole segment has no column for its empty tail
         columns = [min(self._first_column + whole, last) for whole in self.segments]
-        return self._open_stretches(starts, counts, used, columns)
+        first = [
+            is_first and used + start < self.segment_length
+            for is_first, used, start in zip(self.first, self.open_lengths, starts, strict=True)
+        ]
+        return self._open_stretches(starts, counts, used, columns, first)
 
-    def whole(self, block_tokens: int | None = None) -> list[Whole]:
-        """All whole segments, in blocks of about `block_tokens` tokens; None for a single block."""
+    def whole(self, block_tokens: int | None = None, *, first_apart: bool = False) -> list[Whole]:
+        """All whole segments, in blocks of about `block_tokens` tokens; None for a single block.
+
+        With `first_apart`, one that is its row's first of all is in a block with no later one of its row.
+        """
         most = max([0, *self.segments])
         steps = most if block_tokens is None else block_tokens // (self.segment_length * self.rows)
-        steps = max(1, steps)
-        return [self._whole_block(first, min(first + steps, most)) for first in range(0, most, steps)]
+        apart = int(first_apart and any(self._is_first(row, 0) for row in range(self.rows)))
+        edges = [*range(min(apart, most)), *range(apart, most, max(1, steps)), most]
+        return [self._whole_block(first, last) for first, last in pairwise(edges)]
 
     @property
     def columns(self) -> int:
@@ -144,15 +158,19 @@ class Layout:
     def _first_column(self) -> int:
         return 1 if any(self.open_lengths) else 0
 
+    def _is_first(self, row: int, step: int) -> bool:
+        """Whether that of the row's whole segments is its first of all."""
+        return self.first[row] and step == 0 and not any(self.open_lengths)
+
     def _open_stretches(
-        self, starts: list[int], counts: list[int], used: list[int], columns: list[int]
+        self, starts: list[int], counts: list[int], used: list[int], columns: list[int], first: list[bool]
     ) -> Stretches | None:
         if not any(counts):
             return None
         rows = list(range(self.rows))
         span = slice(starts[0], starts[0] + counts[0]) if self._uniform else None
         index = None if self._uniform else self._index(rows, starts, max(counts))
-        return Stretches(rows, starts, counts, used, columns, span, index)
+        return Stretches(rows, starts, counts, used, columns, first, span, index)
 
     def _whole_block(self, first: int, last: int) -> Whole:
         size, head = self.segment_length, self.heads
@@ -161,10 +179,11 @@ class Layout:
         rows = [row for row, _ in pairs]
         starts = [head[row] + step * size for row, step in pairs]
         columns = [self._first_column + step for _, step in pairs]
+        firsts = [self._is_first(row, step) for row, step in pairs]
         span = slice(head[0] + first * size, head[0] + last * size) if self._uniform else None
         index = None if self._uniform else self._index(rows, starts, size)
         counts, used = [size] * len(pairs), [0] * len(pairs)
-        return Whole(rows, starts, counts, used, columns, span, index, segments)
+        return Whole(rows, starts, counts, used, columns, firsts, span, index, segments)
 
     def _index(self, rows: list[int], starts: list[int], width: int) -> Tensor:
         """(runs, width) flat positions in the input; places beyond a row's last real token repeat it."""
@@ -229,12 +248,13 @@ def plan(
     length: int,
     *,
     segment_length: int,
-    open_lengths: list[int],
+    lengths: list[int],
     device: torch.device,
     padding_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> Layout:
-    """The layout of a (batch, length) input whose rows already have `open_lengths` tokens open."""
+    """The layout of a (batch, length) input whose rows have had so many tokens before, their `lengths`."""
+    open_lengths, first = [n % segment_length for n in lengths], [n < segment_length for n in lengths]
     real: Tensor | None = None
     counts = [length] * batch
     if cu_seqlens is not None:
@@ -248,7 +268,7 @@ def plan(
         rooms = [segment_length - used for used in open_lengths]
         heads = [min(count, room) for count, room in zip(counts, rooms, strict=True)]
     segments = [(count - head) // segment_length for count, head in zip(counts, heads, strict=True)]
-    return Layout(batch, length, segment_length, open_lengths, counts, heads, segments, real, device)
+    return Layout(batch, length, segment_length, open_lengths, first, counts, heads, segments, real, device)
 
 
 def segment_positions(

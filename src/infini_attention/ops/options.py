@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from infini_attention.ops.feature_maps import FeatureMap
-from infini_attention.ops.state import MemoryState
+
+if TYPE_CHECKING:  # which itself checks its settings by this module
+    from infini_attention.ops.state import MemoryState
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Options:
 class Inputs:
     """Tensors of one call, all checked, no defaults left to fill in; shapes as in `infini_attention`.
 
-    `segment_weights` is (rows, segments) in the state's dtype, or None.
+    `segment_weights` is (rows, segments) in the state's dtype, or None; `context_key` is None where no token
+    sees anything outside its own segment.
     """
 
     query: Tensor
@@ -38,6 +42,7 @@ class Inputs:
     value: Tensor
     local_query: Tensor
     local_key: Tensor
+    context_key: Tensor | None
     gate: Tensor
     segment_weights: Tensor | None
 
@@ -49,15 +54,16 @@ class Inputs:
             value=function(self.value),
             local_query=function(self.local_query),
             local_key=function(self.local_key),
+            context_key=None if self.context_key is None else function(self.context_key),
             gate=self.gate,
             segment_weights=segment_weights,
         )
 
-    def needs_gradient(self, state: MemoryState) -> bool:
+    def needs_gradient(self, state: "MemoryState") -> bool:
         """Whether autograd will ask for anything of this call."""
         tensors = [self.query, self.key, self.value, self.local_query, self.local_key, self.gate]
-        tensors += [state.memory, state.normalizer, state.pending_memory, state.pending_normalizer]
-        tensors += [state.local_key, state.local_value]
+        tensors += [] if self.context_key is None else [self.context_key]
+        tensors += state.tensors().values()
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 

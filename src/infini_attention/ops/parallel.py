@@ -15,15 +15,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from infini_attention.ops.context import attend_in_segments, delayed, next_context
 from infini_attention.ops.layout import Layout, Output, Stretches, Whole
 from infini_attention.ops.local import continued, local_attention
 from infini_attention.ops.normalization import denominator, read
 from infini_attention.ops.options import Inputs, Options
+from infini_attention.ops.scan import Runs, scan
 from infini_attention.ops.state import MemoryState, is_empty
 
 WholeSegments = Callable[[Inputs, Whole, MemoryState, Options], tuple[Tensor, MemoryState]]
-
-Runs = Tensor | slice  # some of the runs, by number
 
 BLOCK_TOKENS = 16_384  # without gradients, whole segments are taken in blocks: it bounds what is alive
 
@@ -50,7 +50,7 @@ def walk(
     if head is not None:
         values, state = _open_segment(_take(inputs, layout, head), head, state, options)
         output.write(head, values)
-    for block in layout.whole(block_tokens):
+    for block in layout.whole(block_tokens, first_apart=inputs.context_key is not None):
         values, state = whole_segments(_take(inputs, layout, block), block, state, options)
         output.write(block, values)
     if tail is not None:
@@ -74,7 +74,7 @@ def _whole_segments(
     keys, values = _features(inputs.key, state, options), inputs.value.to(state.memory.dtype)
 
     normalizer_sums = _weighted(keys.sum(dim=2), inputs)
-    before_z, normalizer = _scan(state.normalizer, block, lambda z, runs: z + normalizer_sums[runs])
+    before_z, normalizer = scan(state.normalizer, block, lambda z, runs: z + normalizer_sums[runs])
 
     memory_sums = _weighted(keys.transpose(-1, -2) @ values, inputs)
     if options.update_rule == "delta":
@@ -87,33 +87,12 @@ def _whole_segments(
         def step(M: Tensor, runs: Runs) -> Tensor:
             return M + memory_sums[runs]
 
-    before_M, memory = _scan(state.memory, block, step)
+    before_M, memory = scan(state.memory, block, step)
 
-    local = local_attention(
-        inputs.local_query, inputs.local_key, inputs.value, scale=options.scale, softcap=options.softcap
-    )
+    local, state = attend_in_segments(inputs, block, state, options)
+    before_M, before_z, state = delayed(before_M, before_z, block, state)
     output = _mix(inputs, local, before_M, before_z, options)
     return output, state.after_whole_segments(memory, normalizer, block.segments)
-
-
-def _scan(start: Tensor, block: Whole, step: Callable[[Tensor, Runs], Tensor]) -> tuple[Tensor, Tensor]:
-    """The state before each run, in the order of the runs, and the state of each row after its last one.
-
-    `start` is (rows, ...); `step` takes the states of some rows over the runs of the given numbers.
-    """
-    current, before = start, []
-    if len(set(block.segments)) == 1:  # by slices, which ask for no indices on the device
-        count = block.segments[0]
-        for number in range(count):
-            before.append(current)
-            current = step(current, slice(number, None, count))
-        return torch.stack(before, dim=1).flatten(0, 1), current
-    steps = block.steps(start.device)
-    for rows, runs in steps:
-        before.append(current[rows])
-        current = current.index_copy(0, rows, step(before[-1], runs))
-    order = torch.cat([runs for _, runs in steps]).argsort()
-    return torch.cat(before)[order], current
 
 
 def _open_segment(
@@ -127,15 +106,8 @@ def _open_segment(
 
     local_keys = continued(state.local_key, inputs.local_key)
     local_values = continued(state.local_value, inputs.value)
-    local = local_attention(
-        inputs.local_query,
-        local_keys,
-        local_values,
-        scale=options.scale,
-        softcap=options.softcap,
-        mask=_open_mask(part, state.local_key.shape[2], keys.device),
-    )
-    output = _mix(inputs, local, state.memory, state.normalizer, options)
+    local = _attend_in_open_segment(inputs.local_query, local_keys, local_values, part, state, options)
+    output = _mix(inputs, local, *state.readable, options)
 
     new_values = _weighted(values, inputs)
     if options.update_rule == "delta":
@@ -148,7 +120,26 @@ def _open_segment(
         local_value=local_values,
         length=state.length + torch.tensor(part.counts),
     )
+    if inputs.context_key is not None:
+        assert state.open_context_key is not None
+        new = inputs.context_key[:, :, : max(0, state.context_tokens - min(part.used))]
+        pending = replace(pending, open_context_key=continued(state.open_context_key, new))
     return output, _alike_closed(pending, part) if part.alike else _closed(pending, part, state)
+
+
+def _attend_in_open_segment(
+    query: Tensor, key: Tensor, value: Tensor, part: Stretches, state: MemoryState, options: Options
+) -> Tensor:
+    """Local attention of new tokens to `key` and `value`, those of the open segment so far."""
+    context, width = 0, state.local_key.shape[2]
+    if state.context_key is not None and state.context_value is not None and not all(part.first):
+        context = state.context_tokens
+        key, value = (
+            torch.cat([state.context_key, key], dim=2),
+            torch.cat([state.context_value, value], dim=2),
+        )
+    mask = _open_mask(part, context, width, key.device)
+    return local_attention(query, key, value, scale=options.scale, softcap=options.softcap, mask=mask)
 
 
 def _alike_closed(pending: MemoryState, part: Stretches) -> MemoryState:
@@ -157,15 +148,18 @@ def _alike_closed(pending: MemoryState, part: Stretches) -> MemoryState:
         if part.used[0]:
             return pending
         # Not a view of what was read: it would keep all of that alive.
-        return replace(pending, local_key=pending.local_key.clone(), local_value=pending.local_value.clone())
+        return pending.with_open(Tensor.clone)
+    if pending.open_context_key is not None:
+        key, value = pending.open_context_key, pending.local_value[:, :, : pending.context_tokens]
+        whole = [True] * len(part.first)
+        pending = next_context(pending, key, value, whole=whole, first=part.first)
+    pending = pending.with_open(lambda x: x[:, :, :0].clone())
     return replace(
         pending,
         memory=pending.memory + pending.pending_memory,
         normalizer=pending.normalizer + pending.pending_normalizer,
         pending_memory=torch.zeros_like(pending.memory),
         pending_normalizer=torch.zeros_like(pending.normalizer),
-        local_key=pending.local_key[:, :, :0].clone(),
-        local_value=pending.local_value[:, :, :0].clone(),
     )
 
 
@@ -174,8 +168,12 @@ def _closed(pending: MemoryState, part: Stretches, state: MemoryState) -> Memory
     size, old = pending.segment_length, state.local_key.shape[2]
     ends = [used + new for used, new in zip(part.used, part.counts, strict=True)]
     device = pending.memory.device
-    finished = torch.tensor([end == size for end in ends], device=device)[:, None, None]
-    kept = _kept(torch.tensor(part.used), [end % size for end in ends], old).to(device)
+    whole = [end == size for end in ends]
+    finished = torch.tensor(whole, device=device)[:, None, None]
+    still_open = [end % size for end in ends]
+    kept = _kept(torch.tensor(part.used), still_open, old).to(device)
+    if state.open_context_key is not None:
+        pending = _closed_context(pending, part, state, whole)
     memory, normalizer = (
         pending.memory + pending.pending_memory,
         pending.normalizer + pending.pending_normalizer,
@@ -191,22 +189,44 @@ def _closed(pending: MemoryState, part: Stretches, state: MemoryState) -> Memory
     )
 
 
-def _open_mask(part: Stretches, width: int, device: torch.device) -> Tensor | None:
-    """(rows or 1, 1, new, width + new): which keys each new token sees, `width` places being the state's.
+def _closed_context(
+    pending: MemoryState, part: Stretches, state: MemoryState, whole: list[bool]
+) -> MemoryState:
+    """The contexts of rows that differ, and their open segments' keys as later ones will see them."""
+    assert state.open_context_key is not None and pending.open_context_key is not None
+    context, device = state.context_tokens, pending.memory.device
+    used = torch.tensor(part.used)
+    ends = [min(used + new, context) for used, new in zip(part.used, part.counts, strict=True)]
+    keys, width = pending.open_context_key, state.open_context_key.shape[2]
+    if any(whole):
+        full = [context if ended else 0 for ended in whole]
+        key = _gather(keys, _kept(used, full, width).to(device))
+        value = _gather(pending.local_value, _kept(used, full, state.local_value.shape[2]).to(device))
+        pending = next_context(pending, key, value, whole=whole, first=part.first)
+    still_open = [0 if ended else end for end, ended in zip(ends, whole, strict=True)]
+    return replace(pending, open_context_key=_gather(keys, _kept(used, still_open, width).to(device)))
 
-    1 1 0 | 1 0 0      a row with 2 of 3 places used, and 3 new tokens
-    1 1 0 | 1 1 0
-    1 1 0 | 1 1 1
 
-    None where nothing is open yet, which is plain causal.
+def _open_mask(part: Stretches, context: int, width: int, device: torch.device) -> Tensor | None:
+    """(rows or 1, 1, new, context + width + new): which keys each new token sees.
+
+    1 1 | 1 1 0 | 1 0 0      a row with a context of 2, 2 of 3 places of the state used, and 3 new tokens
+    1 1 | 1 1 0 | 1 1 0
+    1 1 | 1 1 0 | 1 1 1
+
+    None where nothing is before them, which is plain causal.
     """
-    if not width:
+    if not context and not width:
         return None
     new = part.width
-    rows = part.used[:1] if part.alike else part.used
-    old = torch.arange(width) < torch.tensor(rows)[:, None]
+    alike = part.alike and (not context or len(set(part.first)) == 1)
+    rows = slice(1) if alike else slice(None)
+    used, first = torch.tensor(part.used[rows]), torch.tensor(part.first[rows])
+    outside = ~first[:, None].expand(-1, context)
+    old = torch.arange(width) < used[:, None]
     causal = torch.ones(new, new, dtype=torch.bool).tril()
-    both = [old[:, None].expand(-1, new, width), causal.expand(len(rows), new, new)]
+    before = torch.cat([outside, old], dim=1)
+    both = [before[:, None].expand(-1, new, -1), causal.expand(len(used), new, new)]
     return torch.cat(both, dim=2)[:, None].to(device)
 
 

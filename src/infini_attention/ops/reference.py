@@ -1,10 +1,11 @@
 """The paper's loop, one row and one segment at a time: slow, short, and the truth that tests compare with.
 
 Equation numbers are those of arXiv 2404.07143. Beside them stands only what the paper leaves open: the
-empty memory, and a segment that arrives in several pieces.
+empty memory, a segment that arrives in several pieces, and what local attention sees outside its segment.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,14 +66,15 @@ def _piece(inputs: Inputs, column: int, state: MemoryState, options: Options) ->
     V = inputs.value.to(dtype)
     sigma_q, sigma_k = sigma(inputs.query.to(dtype)), sigma(inputs.key.to(dtype))
 
-    # (6) local attention over the segment so far
+    # (6) local attention over the segment so far, and what stands outside it
     used = int(state.open_length)  # places beyond it are there for rows with a longer open segment
     K_local = continued(state.local_key[:, :, :used], inputs.local_key)
     V_local = continued(state.local_value[:, :, :used], inputs.value)
-    A_dot = _local(inputs.local_query, K_local, V_local, options)
+    first = int(state.length) < options.segment_length
+    A_dot = _local(inputs.local_query, *_seen(K_local, V_local, first, state), options)
 
-    # (7) read the memory of all earlier segments
-    heads_M, heads_z = M.repeat_interleave(group, dim=1), z.repeat_interleave(group, dim=1)
+    # (7) read the memory of all segments before those
+    heads_M, heads_z = (x.repeat_interleave(group, dim=1) for x in state.readable)
     A_mem = read(sigma_q, heads_M, heads_z, options.normalization)
 
     # (10) mix; an empty memory has no share, unless the paper's literal form is asked for
@@ -89,8 +91,10 @@ def _piece(inputs: Inputs, column: int, state: MemoryState, options: Options) ->
     pending_memory = state.pending_memory + sigma_k.transpose(-1, -2) @ values
     pending_normalizer = state.pending_normalizer + (weight * sigma_k).sum(dim=2)
 
+    context = _continued_context(inputs, used, state)
     length = state.length + inputs.query.shape[2]
     if int(length) % options.segment_length == 0:  # the segment is whole: it becomes memory
+        context = _next_context(context, V_local, first, state)
         M, z = M + pending_memory, z + pending_normalizer
         pending_memory, pending_normalizer = torch.zeros_like(M), torch.zeros_like(z)
         K_local, V_local = K_local[:, :, :0], V_local[:, :, :0]
@@ -103,8 +107,37 @@ def _piece(inputs: Inputs, column: int, state: MemoryState, options: Options) ->
         local_key=K_local,
         local_value=V_local,
         length=length,
+        **context,
     )
     return A.to(inputs.query.dtype), new_state
+
+
+def _seen(key: Tensor, value: Tensor, first: bool, state: MemoryState) -> tuple[Tensor, Tensor]:
+    """The open segment's keys and values after those outside it, of which the `first` segment sees none."""
+    if first or state.context_key is None or state.context_value is None:
+        return key, value
+    return torch.cat([state.context_key, key], dim=2), torch.cat([state.context_value, value], dim=2)
+
+
+def _continued_context(inputs: Inputs, used: int, state: MemoryState) -> dict[str, Any]:
+    """What the state keeps of the open segment for later segments to see."""
+    if inputs.context_key is None or state.open_context_key is None:
+        return {}
+    key = continued(state.open_context_key[:, :, :used], inputs.context_key)
+    return {"open_context_key": key[:, :, : state.context_tokens]}
+
+
+def _next_context(context: dict[str, Any], value: Tensor, first: bool, state: MemoryState) -> dict[str, Any]:
+    """What the next segment sees outside it, after one that is whole and has the values `value`."""
+    if not context:
+        return {}
+    key = context["open_context_key"]
+    changes: dict[str, Any] = {"open_context_key": key[:, :, :0]}
+    if state.local_attention == "sliding":
+        changes |= {"earlier_memory": state.memory, "earlier_normalizer": state.normalizer}
+    elif not first:
+        return changes
+    return changes | {"context_key": key, "context_value": value[:, :, : state.context_tokens]}
 
 
 def _local(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Tensor:

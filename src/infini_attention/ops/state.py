@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infini_attention.ops import feature_maps
+from infini_attention.ops.local import context_tokens
 from infini_attention.ops.normalization import normalized, read
 
 
@@ -22,11 +23,14 @@ def is_empty(normalizer: Tensor) -> Tensor:
     return (normalizer == 0).all(dim=-1)
 
 
+OPEN = ("local_key", "local_value", "open_context_key")  # right-padded to the longest open segment
+
+
 @dataclass
 class MemoryState:
     """What one layer knows of the tokens so far: fixed size, whatever their number.
 
-    Tensors are fp32 (fp64 where the inputs are), except the open segment's local keys and values and what a
+    Tensors are fp32 (fp64 where the inputs are), except keys and values of local attention and what a
     short convolution looks back at, which keep the inputs' dtype. Rows are the batch's sequences, or the
     documents of a packed batch.
 
@@ -44,6 +48,15 @@ class MemoryState:
             attention looks back at, (batch, width - 1, channels) in the inputs' dtype; None without one. The
             attention itself hands it on as it is, and `open_recent` too.
         open_recent: the same just before the next token.
+        context_key: keys outside the open segment that its tokens see too, as they see them, (batch,
+            kv_heads, context, head_dim): of the whole segment before ("sliding"), or of the row's first
+            tokens ("sink"); zeros as long as no segment is whole. None, as all that follow, where local
+            attention is of the segment alone.
+        context_value: their values, (batch, kv_heads, context, value_dim).
+        open_context_key: the open segment's keys as later segments will see them, as many as a context takes.
+        earlier_memory: M without the segment that is the context ("sliding" alone), which is what is read;
+            `memory` has it, and is read one segment later.
+        earlier_normalizer: z likewise.
     """
 
     memory: Tensor
@@ -56,6 +69,11 @@ class MemoryState:
     segment_length: int
     recent: Tensor | None = None
     open_recent: Tensor | None = None
+    context_key: Tensor | None = None
+    context_value: Tensor | None = None
+    open_context_key: Tensor | None = None
+    earlier_memory: Tensor | None = None
+    earlier_normalizer: Tensor | None = None
 
     @classmethod
     def empty(
@@ -67,15 +85,26 @@ class MemoryState:
         *,
         segment_length: int,
         feature_map: str = "elu1",
+        local_attention: str = "segment",
+        sink_tokens: int = 4,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> "MemoryState":
         """The state before the first token; `dtype` is that of the inputs to come."""
         feature_dim = feature_maps.get(feature_map).feature_dim(head_dim)
+        context = context_tokens(local_attention, segment_length=segment_length, sink_tokens=sink_tokens)
 
         def zeros(*sizes: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(batch_size, kv_heads, *sizes, dtype=dtype, device=device)
 
+        outside: dict[str, Tensor] = {}
+        if context:
+            outside["context_key"] = zeros(context, head_dim, dtype=dtype)
+            outside["context_value"] = zeros(context, value_dim, dtype=dtype)
+            outside["open_context_key"] = zeros(0, head_dim, dtype=dtype)
+        if local_attention == "sliding":
+            outside["earlier_memory"] = zeros(feature_dim, value_dim, dtype=state_dtype(dtype))
+            outside["earlier_normalizer"] = zeros(feature_dim, dtype=state_dtype(dtype))
         return cls(
             memory=zeros(feature_dim, value_dim, dtype=state_dtype(dtype)),
             normalizer=zeros(feature_dim, dtype=state_dtype(dtype)),
@@ -85,11 +114,20 @@ class MemoryState:
             local_value=zeros(0, value_dim, dtype=dtype),
             length=torch.zeros(batch_size, dtype=torch.int64),
             segment_length=segment_length,
+            **outside,
         )
 
     @classmethod
     def before(
-        cls, key: Tensor, value: Tensor, *, segment_length: int, feature_map: str, rows: int | None = None
+        cls,
+        key: Tensor,
+        value: Tensor,
+        *,
+        segment_length: int,
+        feature_map: str,
+        local_attention: str = "segment",
+        sink_tokens: int = 4,
+        rows: int | None = None,
     ) -> "MemoryState":
         """The state before the first of these keys and values, (batch, kv_heads, length, dim).
 
@@ -102,6 +140,8 @@ class MemoryState:
             value.shape[-1],
             segment_length=segment_length,
             feature_map=feature_map,
+            local_attention=local_attention,
+            sink_tokens=sink_tokens,
             dtype=value.dtype,
             device=value.device,
         )
@@ -114,14 +154,15 @@ class MemoryState:
             raise ValueError(f"cannot join states with segment_length {lengths}; use states of one model")
         if len({(*state.tensors(),) for state in states}) != 1:
             raise ValueError(
-                "cannot join states of which some are of a short convolution; use states of one model"
+                "cannot join states of which some are of a short convolution or another local attention; use "
+                "states of one model"
             )
-        open_width = max(state.local_key.shape[2] for state in states)
         columns: dict[str, Any] = {}
         for name in states[0].tensors():
             parts = [getattr(state, name) for state in states]
-            if name in ("local_key", "local_value"):
-                parts = [F.pad(part, (0, 0, 0, open_width - part.shape[2])) for part in parts]
+            if name in OPEN:
+                width = max(part.shape[2] for part in parts)
+                parts = [F.pad(part, (0, 0, 0, width - part.shape[2])) for part in parts]
             columns[name] = torch.cat(parts)
         return cls(**columns, segment_length=lengths[0])
 
@@ -134,6 +175,25 @@ class MemoryState:
     def open_length(self) -> Tensor:
         """(batch,) int64 on the CPU: tokens of each row's open segment, not yet in `memory`."""
         return self.length % self.segment_length
+
+    @property
+    def context_tokens(self) -> int:
+        """Places of the context; 0 where local attention is of the segment alone."""
+        return 0 if self.context_key is None else self.context_key.shape[2]
+
+    @property
+    def local_attention(self) -> str:
+        """What the state is of: "segment", "sliding" or "sink"."""
+        if self.context_key is None:
+            return "segment"
+        return "sink" if self.earlier_memory is None else "sliding"
+
+    @property
+    def readable(self) -> tuple[Tensor, Tensor]:
+        """M and z that the next token reads, of all segments outside its local attention."""
+        if self.earlier_memory is None or self.earlier_normalizer is None:
+            return self.memory, self.normalizer
+        return self.earlier_memory, self.earlier_normalizer
 
     @property
     def nbytes(self) -> int:
@@ -190,11 +250,15 @@ class MemoryState:
         """The state on `device`; dtypes do not change and `length` stays on the CPU."""
         return self._map(lambda tensor: tensor.to(device), length=self.length)
 
+    def with_open(self, function: Callable[[Tensor], Tensor]) -> "MemoryState":
+        """The state with `function` of each tensor of the open segment's keys and values."""
+        changes: dict[str, Any] = {name: function(x) for name, x in self.tensors().items() if name in OPEN}
+        return replace(self, **changes)
+
     def _trimmed(self) -> "MemoryState":
         """The state with no more places for the open segment than the longest row needs."""
         longest = max(self.open_length.tolist(), default=0)
-        local_key, local_value = self.local_key[:, :, :longest], self.local_value[:, :, :longest]
-        return replace(self, local_key=local_key, local_value=local_value)
+        return self.with_open(lambda x: x[:, :, :longest])
 
     def _map(self, function: Callable[[Tensor], Tensor], **kept: Tensor) -> "MemoryState":
         tensors = {name: function(x) for name, x in self.tensors().items() if name not in kept}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from infini_attention.ops import feature_maps
-from infini_attention.ops.local import local_attention
+from infini_attention.ops.local import context_tokens, local_attention
 from infini_attention.ops.normalization import normalized, read
 from infini_attention.ops.state import MemoryState, is_empty, state_dtype
 
@@ -23,13 +23,18 @@ class StepBuffers:
     Attributes:
         memory, pending_memory: (layers, rows, kv_heads, feature_dim, value_dim) fp32 (fp64 for fp64 models).
         normalizer, pending_normalizer: (layers, rows, kv_heads, feature_dim), same dtype.
-        local_key: (layers, rows, kv_heads, segment_length, head_dim), in the inputs' dtype.
-        local_value: (layers, rows, kv_heads, segment_length, value_dim), same dtype.
+        local_key: (layers, rows, kv_heads, context + segment_length, head_dim), in the inputs' dtype: what is
+            seen outside the open segment, of no size where nothing is, and then that segment.
+        local_value: (layers, rows, kv_heads, context + segment_length, value_dim), same dtype.
         used: (rows,) int64 on the same device: tokens of each row's open segment.
         active: (rows,) bool on the same device: which rows the next step is meant for.
         recent, open_recent: what short convolutions look back at from the open segment's first token and
             from the next one, (layers, rows, width - 1, channels) in the inputs' dtype; of no size without
             one.
+        open_context_key: as in `MemoryState`, (layers, rows, kv_heads, context, head_dim).
+        earlier_memory, earlier_normalizer: as in `MemoryState`, in the form of `memory` and `normalizer`; of
+            no size but for local attention that slides.
+        has_context: (rows,) bool on the same device: whether a row's first segment is whole.
     """
 
     memory: Tensor
@@ -42,6 +47,10 @@ class StepBuffers:
     active: Tensor
     recent: Tensor
     open_recent: Tensor
+    open_context_key: Tensor
+    earlier_memory: Tensor
+    earlier_normalizer: Tensor
+    has_context: Tensor
 
     @classmethod
     def empty(
@@ -54,6 +63,8 @@ class StepBuffers:
         *,
         segment_length: int,
         feature_map: str = "elu1",
+        local_attention: str = "segment",
+        sink_tokens: int = 4,
         recent: tuple[int, int] = (0, 0),
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
@@ -63,6 +74,8 @@ class StepBuffers:
         `recent` are the sizes (width - 1, channels) of what a short convolution looks back at.
         """
         feature_dim = feature_maps.get(feature_map).feature_dim(head_dim)
+        context = context_tokens(local_attention, segment_length=segment_length, sink_tokens=sink_tokens)
+        places, earlier = context + segment_length, feature_dim if local_attention == "sliding" else 0
 
         def zeros(*sizes: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(layers, rows, kv_heads, *sizes, dtype=dtype, device=device)
@@ -72,18 +85,27 @@ class StepBuffers:
             normalizer=zeros(feature_dim, dtype=state_dtype(dtype)),
             pending_memory=zeros(feature_dim, value_dim, dtype=state_dtype(dtype)),
             pending_normalizer=zeros(feature_dim, dtype=state_dtype(dtype)),
-            local_key=zeros(segment_length, head_dim, dtype=dtype),
-            local_value=zeros(segment_length, value_dim, dtype=dtype),
+            local_key=zeros(places, head_dim, dtype=dtype),
+            local_value=zeros(places, value_dim, dtype=dtype),
             used=torch.zeros(rows, dtype=torch.int64, device=device),
             active=torch.zeros(rows, dtype=torch.bool, device=device),
             recent=torch.zeros(layers, rows, *recent, dtype=dtype, device=device),
             open_recent=torch.zeros(layers, rows, *recent, dtype=dtype, device=device),
+            open_context_key=zeros(context, head_dim, dtype=dtype),
+            earlier_memory=zeros(earlier, value_dim, dtype=state_dtype(dtype)),
+            earlier_normalizer=zeros(earlier, dtype=state_dtype(dtype)),
+            has_context=torch.zeros(rows, dtype=torch.bool, device=device),
         )
 
     @property
     def segment_length(self) -> int:
         """N, the places of an open segment."""
-        return self.local_key.shape[3]
+        return self.local_key.shape[3] - self.context_tokens
+
+    @property
+    def context_tokens(self) -> int:
+        """The places of what is seen outside it."""
+        return self.open_context_key.shape[3]
 
     @property
     def nbytes(self) -> int:
@@ -92,25 +114,39 @@ class StepBuffers:
 
     def load(self, row: int, states: list[MemoryState]) -> None:
         """Put a sequence into `row`: the state of each layer, of batch size 1."""
-        for name in _SUMS:
-            getattr(self, name)[:, row].copy_(torch.stack([getattr(state, name)[0] for state in states]))
-        for name in _LOCAL:
+        context = self.context_tokens
+
+        def stacked(name: str) -> Tensor:
+            return torch.stack([getattr(state, name)[0] for state in states])
+
+        for name in self._sums:
+            getattr(self, name)[:, row].copy_(stacked(name))
+        for name, outside in _LOCAL.items():
             places = getattr(self, name)[:, row]
-            new = torch.stack([getattr(state, name)[0] for state in states])
-            places[:, :, : new.shape[2]].copy_(new)
-            places[:, :, new.shape[2] :].zero_()  # nothing of whoever was here before
+            if context:
+                places[:, :, :context].copy_(stacked(outside))
+            _fill(places[:, :, context:], stacked(name))
+        if context:
+            _fill(self.open_context_key[:, row], stacked("open_context_key"))
         for name in _RECENT:
             for recent, state in zip(getattr(self, name), states, strict=True):
                 kept = getattr(state, name)
                 recent[row] = 0 if kept is None else kept[0]
         self.used[row] = int(states[0].open_length[0])
+        self.has_context[row] = int(states[0].length[0]) >= self.segment_length
 
     def store(self, row: int, length: int) -> list[MemoryState]:
         """The states of the sequence in `row`, which has seen `length` tokens; copies, one a layer."""
-        size = self.segment_length
+        size, context = self.segment_length, self.context_tokens
         opened = length % size
-        copies = {name: getattr(self, name)[:, row : row + 1].clone() for name in _SUMS}
-        copies |= {name: getattr(self, name)[:, row : row + 1, :, :opened].clone() for name in _LOCAL}
+        copies = {name: getattr(self, name)[:, row : row + 1].clone() for name in self._sums}
+        for name, outside in _LOCAL.items():
+            places = getattr(self, name)[:, row : row + 1]
+            copies[name] = places[:, :, :, context : context + opened].clone()
+            if context:
+                copies[outside] = places[:, :, :, :context].clone()
+        if context:
+            copies["open_context_key"] = self.open_context_key[:, row : row + 1, :, :opened].clone()
         if self.recent.numel():
             copies |= {name: getattr(self, name)[:, row : row + 1].clone() for name in _RECENT}
         return [
@@ -121,6 +157,18 @@ class StepBuffers:
             )
             for layer in range(len(self.memory))
         ]
+
+    def committed(self) -> dict[str, Tensor]:
+        """What all layers know of every row as of its last whole segment, (layers, rows, ...), by name."""
+        kept = {"memory": self.memory, "normalizer": self.normalizer}
+        if self.recent.numel():
+            kept["recent"] = self.recent
+        if context := self.context_tokens:
+            for name, outside in _LOCAL.items():
+                kept[outside] = getattr(self, name)[:, :, :, :context]
+        if self._slides:
+            kept |= {"earlier_memory": self.earlier_memory, "earlier_normalizer": self.earlier_normalizer}
+        return kept
 
     def look_back(self, layer: int, recent: Tensor | None) -> None:
         """Take over what the layer's short convolution looks back at, for active rows; part of the step."""
@@ -135,17 +183,53 @@ class StepBuffers:
     def commit(self, rows: list[int]) -> None:
         """Add the open segments of `rows`, which have become whole, to their memories."""
         index = torch.tensor(rows, device=self.used.device)
+        self._hand_on_context(index)
         for name in ("memory", "normalizer"):
-            pending = getattr(self, f"pending_{name}")
+            pending, earlier = getattr(self, f"pending_{name}"), getattr(self, f"earlier_{name}")
+            if self._slides:
+                earlier.index_copy_(1, index, getattr(self, name).index_select(1, index))
             getattr(self, name).index_add_(1, index, pending.index_select(1, index))
             pending.index_fill_(1, index, 0)
         self.recent.index_copy_(1, index, self.open_recent.index_select(1, index))
         self.used.index_fill_(0, index, 0)
+        self.has_context.index_fill_(0, index, True)
+
+    @property
+    def readable(self) -> tuple[Tensor, Tensor]:
+        """M and z that the next tokens read."""
+        if self._slides:
+            return self.earlier_memory, self.earlier_normalizer
+        return self.memory, self.normalizer
+
+    def _hand_on_context(self, index: Tensor) -> None:
+        """Let the open segments of the rows `index` become what the next ones see outside, or their sinks."""
+        context = self.context_tokens
+        kept = self.has_context.index_select(0, index)[:, None, None, None] & (not self._slides)
+        opened = self.local_value[:, :, :, context : 2 * context]
+        for places, new in ((self.local_key, self.open_context_key), (self.local_value, opened)):
+            old = places[:, :, :, :context]
+            handed_on = torch.where(kept, old.index_select(1, index), new.index_select(1, index))
+            old.index_copy_(1, index, handed_on)
+
+    @property
+    def _slides(self) -> bool:
+        return self.earlier_memory.numel() > 0
+
+    @property
+    def _sums(self) -> tuple[str, ...]:
+        """Names of what is of the shape of a memory."""
+        earlier = ("earlier_memory", "earlier_normalizer") if self._slides else ()
+        return ("memory", "normalizer", "pending_memory", "pending_normalizer", *earlier)
 
 
-_SUMS = ("memory", "normalizer", "pending_memory", "pending_normalizer")
-_LOCAL = ("local_key", "local_value")
+_LOCAL = {"local_key": "context_key", "local_value": "context_value"}  # and what is before it in its buffer
 _RECENT = ("recent", "open_recent")
+
+
+def _fill(places: Tensor, tokens: Tensor) -> None:
+    """Put `tokens` into the first of the places, and nothing of whoever was here before into the others."""
+    places[:, :, : tokens.shape[2]].copy_(tokens)
+    places[:, :, tokens.shape[2] :].zero_()
 
 
 def infini_attention_step(
@@ -158,6 +242,7 @@ def infini_attention_step(
     *,
     local_query: Tensor,
     local_key: Tensor,
+    context_key: Tensor | None = None,
     update_rule: str = "linear",
     feature_map: str = "elu1",
     normalization: str = "sum",
@@ -180,6 +265,7 @@ def infini_attention_step(
         layer: which of the buffers' layers this is.
         local_query: see `query`.
         local_key: see `key`.
+        context_key: `key` as later segments see it, where the buffers have places for that.
         update_rule: as in `infini_attention`, and so are the next three and `softcap`.
         feature_map: see there.
         normalization: see there.
@@ -199,15 +285,20 @@ def infini_attention_step(
     def grouped(x: Tensor) -> Tensor:  # a group of heads reads one memory: (rows, kv_heads, group, dim)
         return x.reshape(rows, kv_heads, -1, x.shape[-1])
 
-    keys, values = buffers.local_key[layer], buffers.local_value[layer]
+    keys, values, context = buffers.local_key[layer], buffers.local_value[layer], buffers.context_tokens
     place = buffers.used[:, None, None, None]
-    keys.scatter_(2, place.expand_as(local_key), local_key)
-    values.scatter_(2, place.expand_as(value), value)
+    keys.scatter_(2, (context + place).expand_as(local_key), local_key)
+    values.scatter_(2, (context + place).expand_as(value), value)
     visible = torch.arange(width, device=place.device) <= place
+    if context:
+        assert context_key is not None
+        _keep_for_later(context_key, buffers.open_context_key[layer], place)
+        outside = buffers.has_context[:, None, None, None].expand(-1, -1, -1, context)
+        visible = torch.cat([outside, visible], dim=-1)
     local = local_attention(
         grouped(local_query),
-        keys[:, :, :width],
-        values[:, :, :width],
+        keys[:, :, : context + width],
+        values[:, :, : context + width],
         scale=scale,
         softcap=softcap,
         mask=visible,
@@ -216,9 +307,10 @@ def infini_attention_step(
     sigma = normalized(feature_maps.get(feature_map), normalization)
     features = sigma(grouped(query).to(memory.dtype))
     share = torch.sigmoid(gate.to(memory.dtype)).view(1, kv_heads, -1, 1)
+    read_memory, read_normalizer = (x[layer] for x in buffers.readable)
     if empty_memory == "local":
-        share = torch.where(is_empty(normalizer)[..., None, None], 0, share)
-    from_memory = read(features, memory, normalizer, normalization)
+        share = torch.where(is_empty(read_normalizer)[..., None, None], 0, share)
+    from_memory = read(features, read_memory, read_normalizer, normalization)
     output = torch.lerp(local.to(memory.dtype), from_memory, share)
 
     key_features, new_values = sigma(key.to(memory.dtype)), value.to(memory.dtype)
@@ -228,3 +320,9 @@ def infini_attention_step(
     buffers.pending_memory[layer].add_(key_features.transpose(-1, -2) * new_values)
     buffers.pending_normalizer[layer].add_(key_features.squeeze(2))
     return output.reshape(rows, heads, 1, -1).to(query.dtype)
+
+
+def _keep_for_later(key: Tensor, kept: Tensor, place: Tensor) -> None:
+    """Put each row's `key` at its `place` among those `kept` for later segments, if it is one of them."""
+    at = place.clamp(max=kept.shape[2] - 1).expand_as(key)
+    kept.scatter_(2, at, torch.where(place < kept.shape[2], key, kept.gather(2, at)))

@@ -113,8 +113,7 @@ class Decoder:
 
     def committed(self, row: int) -> Committed:
         """What all layers know of `row` as of its last whole segment; copies."""
-        recent = self.buffers.recent[:, row].clone() if self.buffers.recent.numel() else None
-        return Committed(self.buffers.memory[:, row].clone(), self.buffers.normalizer[:, row].clone(), recent)
+        return Committed(**{name: x[:, row].clone() for name, x in self.buffers.committed().items()})
 
     @torch.inference_mode()
     def step(self, ids: dict[int, int]) -> Tensor:
@@ -212,6 +211,8 @@ def _buffers(model: PreTrainedModel, rows: int) -> StepBuffers:
         shapes.value_dim,
         segment_length=config.segment_length,
         feature_map=config.feature_map,
+        local_attention=config.local_attention,
+        sink_tokens=config.sink_tokens,
         recent=(shapes.recent, shapes.recent_channels),
         dtype=model.dtype,
         device=model.device,

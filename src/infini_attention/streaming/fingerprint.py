@@ -30,6 +30,8 @@ class Fingerprint:
         feature_map: of the memory.
         normalization: of what the memory answers.
         empty_memory: how a head reads a memory that holds nothing yet.
+        local_attention: what is attended to beside the memory.
+        sink_tokens: how many of the first tokens that keeps in sight; 0 where it is not "sink".
         dtype: of the model, such as "bfloat16".
     """
 
@@ -42,6 +44,8 @@ class Fingerprint:
     feature_map: str
     normalization: str
     empty_memory: str
+    local_attention: str
+    sink_tokens: int
     dtype: str
 
     def differences(self, other: "Fingerprint") -> list[str]:
@@ -75,6 +79,8 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> F
         feature_map=config.feature_map,
         normalization=config.normalization,
         empty_memory=config.empty_memory,
+        local_attention=config.local_attention,
+        sink_tokens=config.sink_tokens if config.local_attention == "sink" else 0,
         dtype=str(model.dtype).removeprefix("torch."),
     )
 

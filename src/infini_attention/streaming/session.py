@@ -35,6 +35,7 @@ from infini_attention.streaming.states import (
     cache_of,
     check_model,
     committed,
+    committed_of,
     open_segment_of,
     shapes_of,
     states_of,
@@ -356,7 +357,7 @@ class Session:
 
     def _go_back_to(self, snapshot: Snapshot) -> None:
         self._start_afresh()
-        whole = Committed(snapshot.memory, snapshot.normalizer, snapshot.recent)
+        whole = committed_of(snapshot)
         self._cache = cache_of(self.model, whole, tokens=snapshot.tokens)
         self._logits = snapshot.logits.to(self.model.device)
         self._read, self._history.digest = snapshot.tokens, snapshot.digest
@@ -431,7 +432,7 @@ class Session:
         self._read, self._waiting = end + read, torch.tensor(tail[read:], dtype=torch.int64)
         self._history = History(self.model.config.segment_length, contents.digest, tail[:read])
         if self._read:
-            whole = Committed(contents.memory, contents.normalizer, contents.recent)
+            whole = committed_of(contents)
             self._cache = cache_of(self.model, whole, tokens=self._read, opened=opened)
         if contents.logits is not None:
             self._logits = contents.logits.to(self.model.device)

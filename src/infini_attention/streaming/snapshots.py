@@ -1,6 +1,7 @@
 """A bounded number of earlier states, many of late and fewer of long ago."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,15 +29,10 @@ class Snapshots:
 
     def add(self, snapshot: Snapshot) -> None:
         """Keep a snapshot of later than all others."""
-        self._kept.append(
-            replace(
-                snapshot,
-                memory=_on_host(snapshot.memory),
-                normalizer=_on_host(snapshot.normalizer),
-                logits=_on_host(snapshot.logits),
-                recent=None if snapshot.recent is None else _on_host(snapshot.recent),
-            )
-        )
+        tensors: dict[str, Any] = {
+            name: _on_host(value) for name, value in vars(snapshot).items() if isinstance(value, Tensor)
+        }
+        self._kept.append(replace(snapshot, **tensors))
         if len(self._kept) > self.most:
             del self._kept[self._most_superfluous()]
 

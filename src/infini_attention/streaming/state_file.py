@@ -28,7 +28,8 @@ from torch import Tensor
 from infini_attention.ops.state import state_dtype
 from infini_attention.streaming.fingerprint import Fingerprint
 
-KIND, FORMAT = "infini-attention state", 2
+KIND, FORMAT = "infini-attention state", 3
+OLDER = {2: {"local_attention": "segment", "sink_tokens": 0}}  # formats read too, and what they leave out
 MOST_HEADER = 2**20  # bytes
 BLOCK = 2**20  # bytes that are read at once
 MOST_NUMBER, MOST_DIMENSIONS = 2**62, 5
@@ -49,6 +50,8 @@ class Shapes:
     """Sizes that a model gives its states; `most_tail` ids and `most_snapshots` are what a file may hold.
 
     `recent` tokens of `recent_channels` are what a short convolution looks back at, 0 of 0 without one.
+    `context` tokens outside the segment are what local attention sees; where it slides, there are `earlier`
+    sums beside the memory's own.
     """
 
     layers: int
@@ -58,6 +61,8 @@ class Shapes:
     value_dim: int
     recent: int
     recent_channels: int
+    context: int
+    earlier: bool
     vocab_size: int
     most_tail: int
     most_snapshots: int
@@ -75,6 +80,8 @@ class OpenSegment:
         local_value: (layers, kv_heads, open, value_dim), likewise.
         open_recent: what short convolutions look back at from the next token, (layers, width - 1, channels)
             in the model's dtype; None without them.
+        open_context_key: the keys as later segments will see them, of as many tokens of `open` as those see,
+            (layers, kv_heads, seen, head_dim) in the model's dtype; None where they see none.
     """
 
     pending_memory: Tensor
@@ -82,6 +89,7 @@ class OpenSegment:
     local_key: Tensor
     local_value: Tensor
     open_recent: Tensor | None = None
+    open_context_key: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,10 @@ class Snapshot:
     normalizer: Tensor
     logits: Tensor
     recent: Tensor | None = None
+    context_key: Tensor | None = None
+    context_value: Tensor | None = None
+    earlier_memory: Tensor | None = None
+    earlier_normalizer: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +125,11 @@ class StateContents:
         snapshots: earlier states, in order, up to the end of the last whole segment.
         recent: what short convolutions look back at from the end of that segment, (layers, width - 1,
             channels) in the model's dtype; None without them.
+        context_key: what local attention sees outside the segment from the end of that segment on, (layers,
+            kv_heads, context, head_dim) in the model's dtype; None where it sees nothing there.
+        context_value: the values, (layers, kv_heads, context, value_dim), likewise.
+        earlier_memory: `memory` without the segment that is seen, where there is one; None elsewhere.
+        earlier_normalizer: `normalizer` without it, likewise.
     """
 
     fingerprint: Fingerprint
@@ -125,6 +142,10 @@ class StateContents:
     open_segment: OpenSegment | None
     snapshots: list[Snapshot]
     recent: Tensor | None = None
+    context_key: Tensor | None = None
+    context_value: Tensor | None = None
+    earlier_memory: Tensor | None = None
+    earlier_normalizer: Tensor | None = None
 
 
 def write_state(path: str | PathLike[str], contents: StateContents) -> int:
@@ -189,7 +210,7 @@ def read_header(path: str | PathLike[str]) -> dict[str, Any]:
         "mode": "compact" if header.opened is None else "exact",
         "snapshots": [tokens for tokens, _ in header.snapshots],
         "bytes": header.size,
-        "format": FORMAT,
+        "format": header.format,
         **asdict(header.fingerprint),
     }
 
@@ -213,13 +234,14 @@ class _Wrong(Exception):
 # --- contents and tensors --------------------------------------------------------------------------------
 
 OPEN_SEGMENT = [field.name for field in fields(OpenSegment)]
-SNAPSHOT = ["memory", "normalizer", "logits", "recent"]
+OPTIONAL = ["recent", "context_key", "context_value", "earlier_memory", "earlier_normalizer"]
+SNAPSHOT = ["memory", "normalizer", "logits", *OPTIONAL]
 
 
 def _tensors_of(contents: StateContents) -> dict[str, Tensor]:
     """By name in the file; copies, since safetensors takes none that share memory."""
     tensors = {name: getattr(contents, name) for name in ("memory", "normalizer", "tail")}
-    for name in ("logits", "recent"):
+    for name in ("logits", *OPTIONAL):
         if (x := getattr(contents, name)) is not None:
             tensors[name] = x
     if contents.open_segment is not None:
@@ -265,7 +287,7 @@ def _contents_of(header: "_Header", tensors: dict[str, Tensor]) -> StateContents
             Snapshot(tokens, digest, **{name: stack[number] for name, stack in kept.items()})
             for number, (tokens, digest) in enumerate(header.snapshots)
         ],
-        recent=tensors.get("recent"),
+        **{name: tensors.get(name) for name in OPTIONAL},
     )
 
 
@@ -295,6 +317,7 @@ class _Header:
 
     raw: bytes
     size: int  # of the whole file
+    format: int
     fingerprint: Fingerprint
     tokens: int
     digest: str
@@ -347,13 +370,16 @@ def _parsed(start: bytes, size: int) -> _Header:
     if not isinstance(metadata, dict) or list(metadata) != [KIND] or not isinstance(metadata[KIND], str):
         raise _Wrong("it is no state file; give one that Session.save wrote")
     facts = _json(metadata[KIND].encode(errors="replace"))
-    if facts.get("format") != FORMAT:
-        raise _Wrong(f"it is of format {facts.get('format')!r}, and this version reads {FORMAT}")
+    number = facts.get("format")
+    if type(number) is not int or number not in (*OLDER, FORMAT):
+        known = ", ".join(map(str, (*OLDER, FORMAT)))
+        raise _Wrong(f"it is of format {number!r}, and this version reads {known}")
     _check_keys(facts, ["format", "fingerprint", "tokens", "digest", "snapshots", "sha256"])
     return _Header(
         raw=start[:end],
         size=size,
-        fingerprint=_fingerprint_of(facts["fingerprint"]),
+        format=number,
+        fingerprint=_fingerprint_of(facts["fingerprint"], OLDER.get(number, {})),
         tokens=_number(facts["tokens"]),
         digest=_hash(facts["digest"]),
         snapshots=[(_number(tokens), _hash(digest)) for tokens, digest in _pairs(facts["snapshots"])],
@@ -383,8 +409,9 @@ def _layout_of(entries: dict[str, Any], size: int) -> Layout:
     return layout
 
 
-def _fingerprint_of(entry: Any) -> Fingerprint:
-    _check_keys(entry, [field.name for field in fields(Fingerprint)])
+def _fingerprint_of(entry: Any, left_out: dict[str, Any]) -> Fingerprint:
+    _check_keys(entry, [field.name for field in fields(Fingerprint) if field.name not in left_out])
+    entry = entry | left_out
     for field in fields(Fingerprint):
         value = entry[field.name]
         if type(value) is not field.type or (isinstance(value, str) and not value.isprintable()):
@@ -499,9 +526,15 @@ def _layout(
     normalizer = DTYPES[state_dtype(dtype)], (*heads, shapes.feature_dim)
     scores = DTYPES[dtype], (shapes.vocab_size,)
     recent = DTYPES[dtype], (shapes.layers, shapes.recent, shapes.recent_channels)
-    layout: Layout = {"memory": memory, "normalizer": normalizer, "tail": ("I32", (tail,))}
+    whole: Layout = {"memory": memory, "normalizer": normalizer}  # of every segment's end
     if shapes.recent:
-        layout["recent"] = recent
+        whole["recent"] = recent
+    if shapes.context:
+        whole["context_key"] = DTYPES[dtype], (*heads, shapes.context, shapes.head_dim)
+        whole["context_value"] = DTYPES[dtype], (*heads, shapes.context, shapes.value_dim)
+    if shapes.earlier:
+        whole |= {"earlier_memory": memory, "earlier_normalizer": normalizer}
+    layout: Layout = whole | {"tail": ("I32", (tail,))}
     if logits:
         layout["logits"] = scores
     if opened is not None:
@@ -510,10 +543,12 @@ def _layout(
         layout["local_value"] = DTYPES[dtype], (*heads, opened, shapes.value_dim)
         if shapes.recent:
             layout["open_recent"] = recent
+        if shapes.context:
+            seen = min(opened, shapes.context)
+            layout["open_context_key"] = DTYPES[dtype], (*heads, seen, shapes.head_dim)
     if snapshots:
-        for name, (kind, shape) in zip(SNAPSHOT, (memory, normalizer, scores, recent), strict=True):
-            if name != "recent" or shapes.recent:
-                layout[f"snapshot_{name}"] = kind, (snapshots, *shape)
+        for name, (kind, shape) in (whole | {"logits": scores}).items():
+            layout[f"snapshot_{name}"] = kind, (snapshots, *shape)
     return layout
 
 
@@ -536,6 +571,7 @@ def _own_shapes(header: _Header) -> Shapes:
     """The shapes that the file's own tensors suggest."""
     layers, kv_heads, feature_dim, value_dim = header._shape("memory", 4)
     recent, channels = header._shape("recent", 3)[1:] if "recent" in header.layout else (0, 0)
+    context, head_dim = header._shape("context_key", 4)[2:] if "context_key" in header.layout else (0, 0)
     vocabulary = {"logits": 1, "snapshot_logits": 2}  # and their dimensions
     sizes = [
         header._shape(name, dimensions)[-1]
@@ -546,10 +582,12 @@ def _own_shapes(header: _Header) -> Shapes:
         layers=layers,
         kv_heads=kv_heads,
         feature_dim=feature_dim,
-        head_dim=0 if header.opened is None else header._shape("local_key", 4)[3],
+        head_dim=head_dim if header.opened is None else header._shape("local_key", 4)[3],
         value_dim=value_dim,
         recent=recent,
         recent_channels=channels,
+        context=context,
+        earlier="earlier_memory" in header.layout,
         vocab_size=sizes[0] if sizes else 0,
         most_tail=header.tail,
         most_snapshots=len(header.snapshots),

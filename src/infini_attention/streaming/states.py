@@ -12,9 +12,10 @@ from infini_attention.models.cache import InfiniCacheLayer
 from infini_attention.models.config import InfiniConfigMixin, convolved_channels, head_dim_of
 from infini_attention.ops import MemoryState, feature_maps
 from infini_attention.ops.state import state_dtype
-from infini_attention.streaming.state_file import OpenSegment, Shapes
+from infini_attention.streaming.state_file import OpenSegment, Shapes, Snapshot, StateContents
 
 MOST_TAIL, MOST_SNAPSHOTS = 2**20, 1_024  # what a state file may hold
+IN_MODELS_DTYPE = ("recent", "context_key", "context_value")
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -39,6 +40,8 @@ def shapes_of(model: PreTrainedModel) -> Shapes:
         value_dim=head_dim,
         recent=max(config.short_convolution - 1, 0),
         recent_channels=convolved_channels(config) if config.short_convolution else 0,
+        context=config.context_tokens,
+        earlier=config.local_attention == "sliding",
         vocab_size=config.vocab_size,
         most_tail=MOST_TAIL,
         most_snapshots=MOST_SNAPSHOTS,
@@ -57,30 +60,60 @@ class Committed(NamedTuple):
         memory: (layers, kv_heads, feature_dim, value_dim).
         normalizer: (layers, kv_heads, feature_dim).
         recent: what short convolutions look back at, (layers, width - 1, channels); None without them.
+        context_key: what local attention sees outside a segment, (layers, kv_heads, context, head_dim); None,
+            as its values, where it sees nothing there.
+        context_value: (layers, kv_heads, context, value_dim).
+        earlier_memory: `memory` without the segment that is seen; None where local attention does not slide.
+        earlier_normalizer: `normalizer` without it.
     """
 
     memory: Tensor
     normalizer: Tensor
-    recent: Tensor | None
+    recent: Tensor | None = None
+    context_key: Tensor | None = None
+    context_value: Tensor | None = None
+    earlier_memory: Tensor | None = None
+    earlier_normalizer: Tensor | None = None
 
 
 def committed(model: PreTrainedModel, cache: InfiniCache | None) -> Committed:
     """What the cache of one sequence holds as of its last whole segment, copied; zeros for no cache."""
     states = [] if cache is None else states_of(cache)
-    if states:
-        memory = torch.stack([state.memory[0] for state in states])
-        normalizer = torch.stack([state.normalizer[0] for state in states])
-        recent = [state.recent[0] for state in states if state.recent is not None]
-        # Under autocast it may be narrower than the model, to which files and buffers keep.
-        return Committed(memory, normalizer, torch.stack(recent).to(model.dtype) if recent else None)
+    if not states:
+        return _nothing(model)
+    tensors = {}
+    for name in Committed._fields:
+        parts = [part[0] for state in states if (part := getattr(state, name)) is not None]
+        if parts:
+            # Under autocast some may be narrower than the model, to which files and buffers keep.
+            dtype = model.dtype if name in IN_MODELS_DTYPE else parts[0].dtype
+            tensors[name] = torch.stack(parts).to(dtype)
+    return Committed(**tensors)
+
+
+def _nothing(model: PreTrainedModel) -> Committed:
+    """What is committed of a text before its first token."""
     shapes, dtype = shapes_of(model), state_dtype(model.dtype)
-    sizes = shapes.layers, shapes.kv_heads, shapes.feature_dim
-    recent_sizes = shapes.layers, shapes.recent, shapes.recent_channels
-    return Committed(
-        memory=torch.zeros(*sizes, shapes.value_dim, dtype=dtype),
-        normalizer=torch.zeros(sizes, dtype=dtype),
-        recent=torch.zeros(recent_sizes, dtype=model.dtype) if shapes.recent else None,
-    )
+    heads = shapes.layers, shapes.kv_heads
+    memory = torch.zeros(*heads, shapes.feature_dim, shapes.value_dim, dtype=dtype)
+    whole = Committed(memory, memory[..., 0].clone())
+    if shapes.recent:
+        recent = torch.zeros(shapes.layers, shapes.recent, shapes.recent_channels, dtype=model.dtype)
+        whole = whole._replace(recent=recent)
+    if shapes.context:
+        key, value = (
+            torch.zeros(*heads, shapes.context, width, dtype=model.dtype)
+            for width in (shapes.head_dim, shapes.value_dim)
+        )
+        whole = whole._replace(context_key=key, context_value=value)
+    if shapes.earlier:
+        whole = whole._replace(earlier_memory=whole.memory, earlier_normalizer=whole.normalizer)
+    return whole
+
+
+def committed_of(kept: Snapshot | StateContents) -> Committed:
+    """What a snapshot or a file holds as of its last whole segment."""
+    return Committed(**{name: getattr(kept, name) for name in Committed._fields})
 
 
 def open_segment_of(cache: InfiniCache) -> OpenSegment:
@@ -105,7 +138,8 @@ def cache_of(
     if opened is None:
         nothing = torch.zeros(shapes.layers, shapes.kv_heads, 0, shapes.head_dim, dtype=model.dtype)
         sums = torch.zeros_like(whole.memory), torch.zeros_like(whole.normalizer)
-        opened = OpenSegment(*sums, nothing, nothing, whole.recent)
+        seen_later = nothing if shapes.context else None
+        opened = OpenSegment(*sums, nothing, nothing, whole.recent, seen_later)
     parts = whole._asdict() | vars(opened)
     tensors = {name: tensor.to(device) for name, tensor in parts.items() if tensor is not None}
     cache = InfiniCache(model.config)

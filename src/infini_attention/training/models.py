@@ -32,6 +32,8 @@ def make_model(recipe: ModelRecipe, vocab_size: int) -> Any:
         "feature_map": recipe.feature_map,
         "normalization": recipe.normalization,
         "empty_memory": recipe.empty_memory,
+        "local_attention": recipe.local_attention,
+        "sink_tokens": recipe.sink_tokens,
         "short_convolution": recipe.short_convolution,
     }
     if recipe.base is None:
@@ -81,6 +83,8 @@ def _refuse_memory_settings(recipe: ModelRecipe, *more: str) -> None:
         "feature_map",
         "normalization",
         "empty_memory",
+        "local_attention",
+        "sink_tokens",
         "short_convolution",
         "layers",
         "gate_init",

@@ -53,6 +53,8 @@ class ModelRecipe:
         feature_map: Of the memory, also of linear_attention.
         normalization: Of what the memory answers: sum, root, none or unit.
         empty_memory: local or gated.
+        local_attention: segment, sliding or sink: what a token attends to beside the memory.
+        sink_tokens: How many of the first tokens sink keeps in sight.
         short_convolution: Tokens that every query and key is a mixture of, also of linear_attention; 0 for
             none, or say 8.
         layers: That get a memory; by default all that can have one.
@@ -71,6 +73,8 @@ class ModelRecipe:
     feature_map: str = "elu1"
     normalization: str = "sum"
     empty_memory: str = "local"
+    local_attention: str = "segment"
+    sink_tokens: int = 4
     short_convolution: int = 0
     layers: list[int] | None = None
     gate_init: float | None = None
@@ -245,6 +249,12 @@ class Recipe:
         for name in ("associative_recall", "summaries"):
             if getattr(data, name) is not None:
                 self._refuse_cuts(name)
+        if model.local_attention != "segment" and self.training.context_parallel_size > 1:
+            raise ValueError(
+                f"training.context_parallel_size is {self.training.context_parallel_size}, and with "
+                f"model.local_attention {model.local_attention!r} tokens see keys that another process "
+                "holds; leave one out"
+            )
         if model.baseline is not None:
             self._refuse_settings_of_memories()
         if data.documents is None:
@@ -281,6 +291,8 @@ class Recipe:
             "feature_map",
             "normalization",
             "empty_memory",
+            "local_attention",
+            "sink_tokens",
             "short_convolution",
             "layers",
             "memory",

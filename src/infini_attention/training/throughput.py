@@ -112,7 +112,8 @@ def flops_per_token(model: Any, length: int) -> float:
     A weight matrix takes two an entry forward, two for the gradient of its input and, if it is trained, two
     for its own. Attention takes three times its forward, which a head is 2 d (N + 2 f) with a memory under
     the linear rule, 2 d (N + 3 f) under the delta rule, where N is the segment length or, if less, that of
-    the sequence, and f the number of features of a key, mostly d; and 2 d times the length without a memory,
+    the sequence, and f the number of features of a key, mostly d; 4 d times the tokens that it sees outside
+    its segment, where it does; and 2 d times the length without a memory,
     since a token sees half of it. A baseline's is 4 d times the keys that a token sees, and tokens that it
     adds to a text count nothing. The embedding's lookup counts nothing.
     """
@@ -137,7 +138,9 @@ def _attention_flops(config: Any, layer: int, length: int) -> float:
         seen = 2 * config.keys_seen(layer, length)
     elif layer in config.infini_layers:
         features = feature_maps.get(config.feature_map).feature_dim(width)
-        seen = min(config.segment_length, length) + {"linear": 2, "delta": 3}[config.update_rule] * features
+        segment = min(config.segment_length, length)
+        seen = segment + {"linear": 2, "delta": 3}[config.update_rule] * features
+        seen += 2 * config.context_tokens * (1 - segment / length)  # the first segment sees none
     else:
         window = min(config._window(layer) or length, length)
         seen = window * (2 - window / length)  # twice the tokens that one sees on average

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from infini_attention.ops.context import attend_in_segments, delayed
 from infini_attention.ops.layout import Layout, Whole
-from infini_attention.ops.local import local_attention
 from infini_attention.ops.options import Inputs, Options
 from infini_attention.ops.parallel import walk
 from infini_attention.ops.state import MemoryState
@@ -40,8 +40,9 @@ def _trained_segments(
         name,
         options.update_rule == "delta",
     )
-    local = _local(replace(inputs, value=value), options)
-    gated = options.empty_memory == "gated"
+    local, state = attend_in_segments(replace(inputs, value=value), block, state, options)
+    before_memory, before_normalizer, state = delayed(before_memory, before_normalizer, block, state)
+    local, gated = _strided(local), options.empty_memory == "gated"
     output = Mix.apply(query, local, inputs.gate.float(), before_memory, before_normalizer, name, gated)
     return output, state.after_whole_segments(memory, normalizer, block.segments)
 
@@ -62,9 +63,10 @@ def _inferred_segments(
         options.update_rule == "delta",
     )
     del _  # the delta rule's matrices, as large as all states together
-    local = _local(inputs, options)
+    local, state = attend_in_segments(inputs, block, state, options)
+    before_memory, before_normalizer, state = delayed(before_memory, before_normalizer, block, state)
+    local, gated = _strided(local), options.empty_memory == "gated"
     arguments = query, local, inputs.gate.float(), before_memory, before_normalizer
-    gated = options.empty_memory == "gated"
     if torch.compiler.is_compiling():  # an operator's output must not be one of its other arguments
         output = mix(*arguments, name, gated)
     else:
@@ -79,13 +81,6 @@ def _fusible(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, str]:
         query, key = (options.feature_map(x.float()).to(x.dtype) for x in (query, key))
         name = "identity"
     return _strided(query), _strided(key), name
-
-
-def _local(inputs: Inputs, options: Options) -> Tensor:
-    local = local_attention(
-        inputs.local_query, inputs.local_key, inputs.value, scale=options.scale, softcap=options.softcap
-    )
-    return _strided(local)
 
 
 def _strided(x: Tensor) -> Tensor:
