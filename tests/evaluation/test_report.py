@@ -125,8 +125,9 @@ def test_the_repositorys_page_shows_every_file(own: Report) -> None:
 
 
 def test_every_drawing_of_the_repository_has_a_cell_for_each_heading(own: Report) -> None:
+    assert not any(file.problem for _, results in own.sections for result in results for file in result.files)
     drawn = [each for _, results in own.sections for result in results for each in drawings_of(result)]
-    assert len(drawn) >= 40
+    assert len(drawn) >= 30
     for drawing in drawn:
         assert drawing.rows, drawing.title
         assert {len(row) for row in drawing.rows} == {len(drawing.columns)}, drawing.title
@@ -175,12 +176,24 @@ def test_pictures_are_within_the_page(folder: Folder) -> None:
         ({TEXT: "a table"}, [], "does not name 2026-01-02-cpu-a.txt; add it there"),
         ({}, [TEXT], "lacks 2026-01-02-cpu-a.txt; put it there, or take it out of index.yaml"),
         ({TEXT: "x"}, [TEXT, TEXT], "names 2026-01-02-cpu-a.txt more than once"),
-        ({}, [], "names no results; add an entry"),
+        ({}, [], "names no files for anything; name some"),
+        ({JSON: "[1, 2]"}, [JSON], "holds a list and no object of JSON"),
+        ({TEXT: b"\xff\xfe\x00"}, [TEXT], "is neither text nor a picture"),
         ({TEXT: 'a table\n{"rows": [1, 2'}, [TEXT], "line 2 of {folder}/2026-01-02-cpu-a.txt is broken JSON"),
         ({JSON: "a table"}, [JSON], "line 1 of {folder}/2026-01-03-cpu-b.json is broken JSON"),
         ({"table.txt": "x"}, ["table.txt"], "table.txt does not begin with a date"),
     ],
-    ids=["unnamed", "missing", "twice", "nothing", "broken line", "broken file", "no date"],
+    ids=[
+        "unnamed",
+        "missing",
+        "twice",
+        "nothing",
+        "a list",
+        "no text",
+        "broken line",
+        "broken file",
+        "no date",
+    ],
 )
 def test_a_folder_that_does_not_fit_its_index_is_refused_with_a_remedy(
     folder: Folder, files: dict[str, str | bytes], named: list[str], words: str
@@ -188,6 +201,20 @@ def test_a_folder_that_does_not_fit_its_index_is_refused_with_a_remedy(
     path = folder(files, named)
     with pytest.raises(ValueError, match=re.escape(words.replace("{folder}", str(path)))):
         report(path)
+
+
+def test_json_of_another_form_than_its_kind_is_shown_as_it_is_with_a_remark(folder: Folder) -> None:
+    path = folder(
+        {
+            TEXT: 'a table\n{"benchmark": "speed", "rows": [3]}',
+            JSON: '{"gates": [[0.5]], "kinds": 1, "layers": 1}',
+        }
+    )
+    words = Page(page(report(path))).words
+    for name in (TEXT, JSON):
+        assert f"{name} is not drawn as a table" in words
+    assert "a table" in words
+    assert '"kinds": 1' in words
 
 
 def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
@@ -399,12 +426,13 @@ def test_rows_of_a_benchmark_are_a_table_for_each_of_its_parts() -> None:
     rows = [
         {"part": "read", "context": 1000, "peak_bytes": 49_000_000},
         {"part": "decode", "context": 1000, "seconds": {"ours": 0.5, "peer": None}},
+        {"part": "decode", "context": 8192, "seconds": {"ours": 0.25}, "note": "once"},
     ]
     first, second = drawings("", [{"benchmark": "stream", "rows": rows}])
     assert (first.title, first.columns) == ("Benchmark stream, read", ["context", "peak bytes"])
     assert texts(first) == [["1,000", "49 MB"]]
-    assert second.columns == ["context", "seconds, ours", "seconds, peer"]
-    assert texts(second) == [["1,000", "0.5", "-"]]
+    assert second.columns == ["context", "seconds, ours", "seconds, peer", "note"]
+    assert texts(second) == [["1,000", "0.5", "-", "-"], ["8,192", "0.25", "-", "once"]]
 
 
 def test_figures_of_a_kind_that_is_not_known_are_shown_as_they_are() -> None:

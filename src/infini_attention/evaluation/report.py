@@ -84,12 +84,16 @@ class Origin:
 
 @dataclass(frozen=True)
 class File:
-    """A file of results: its text for people, the JSON in it, and what is drawn of that."""
+    """A file of results: its text for people, the JSON in it, and what is drawn of both.
+
+    `problem` says why nothing is drawn of JSON that looks like a kind that is known; it is empty elsewhere.
+    """
 
     name: str
     text: str
     objects: list[dict[str, Any]]
     drawings: list[Drawing]
+    problem: str
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,8 @@ def report(folder: Path) -> Report:
 
     Raises:
         ValueError: no index, or one that is not as `Index` has it; a file that is missing, that the index
-            does not name or names twice; broken JSON; a highlight of something that is not drawn.
+            does not name or names twice, or that is no text; broken JSON; a headline of a table that is not
+            there.
     """
     index = _index(folder)
     _check_files(folder, index)
@@ -155,8 +160,9 @@ def _check_files(folder: Path, index: Index) -> None:
         raise ValueError(f"{folder / INDEX} names {_all(twice)} more than once; one entry is enough")
     if undated := [name for name in named if not DATED.match(name)]:
         raise ValueError(f"{_all(undated)} does not begin with a date, such as 2026-01-31-; rename it")
-    if not named:
-        raise ValueError(f"{folder / INDEX} names no results; add an entry with its files")
+    empty = [entry.title for section in index.sections for entry in section.results if not entry.files]
+    if empty or not named:
+        raise ValueError(f"{folder / INDEX} names no files for {_all(empty) or 'anything'}; name some")
 
 
 def _all(names: Iterable[str]) -> str:
@@ -179,7 +185,10 @@ def _result(folder: Path, entry: Entry) -> Result:
 
 def _file(path: Path) -> File:
     """Lines of JSON begin with a brace; a file that ends in .json is one object."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is neither text nor a picture ({', '.join(PICTURES)}); delete it") from None
     if path.suffix == ".json":
         objects, rest = [_object(path, 1, text)], ""
     else:
@@ -187,16 +196,21 @@ def _file(path: Path) -> File:
         numbered = enumerate(lines, start=1)
         objects = [_object(path, number, line) for number, line in numbered if line.startswith("{")]
         rest = "\n".join(line.rstrip() for line in lines if not line.startswith("{"))
-    return File(path.name, rest, objects, drawings(rest, objects))
+    try:
+        return File(path.name, rest, objects, drawings(rest, objects), "")
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        return File(path.name, rest, objects, [], f"{type(error).__name__}: {error}")
 
 
 def _object(path: Path, line: int, text: str) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(text)
+        found = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"line {line} of {path} is broken JSON ({error.msg}); put the line there that the command printed"
         ) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__} and no object of JSON; put one there")
     return found
 
 

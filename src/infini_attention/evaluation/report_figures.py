@@ -340,10 +340,11 @@ def _harness(found: dict[str, Any]) -> Iterator[Drawing]:
 
 
 def _as_they_are(title: str, rows: list[dict[str, Any]]) -> Iterator[Drawing]:
-    """A table for each run of rows that hold the same, which is one part of a benchmark."""
-    flat = [_flat(row) for row in rows]
-    for (part, *names), group in groupby(flat, key=lambda row: (row.pop("part", None), *row)):
-        shown = [[_shown(name, row[name]) for name in names] for row in group]
+    """A table for each part of a benchmark; where a row lacks what others have, its cell says so."""
+    for part, group in groupby(map(_flat, rows), key=lambda row: row.pop("part", "")):
+        of_part = list(group)
+        names = list(dict.fromkeys(name for row in of_part for name in row))
+        shown = [[_shown(name, row.get(name)) for name in names] for row in of_part]
         columns = [name.replace("_", " ") for name in names]
         yield Drawing(f"{title}, {part}" if part else title, columns, shown)
 
