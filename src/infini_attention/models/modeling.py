@@ -163,7 +163,7 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
             positions = segment_positions(
                 length,
                 segment_length=self.config.segment_length,
-                open_lengths=None if (state := self._first_state(cache)) is None else state.open_length,
+                open_lengths=self._open_lengths(cache),
                 padding_mask=padding_mask,
                 cu_seqlens=cu_seqlens,
                 device=like.device,
@@ -227,6 +227,11 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
     def _rotation(self, like: Tensor, positions: Tensor, layer_type: str) -> Rotation:
         cos, sin = self.rotary_emb(like, positions)
         return cos, sin
+
+    def _open_lengths(self, cache: InfiniCache | None) -> Tensor | None:
+        """(batch,) tokens of each row's open segment; None at the start."""
+        state = self._first_state(cache)
+        return None if state is None else state.open_length
 
     def _first_state(self, cache: InfiniCache | None) -> MemoryState | None:
         """The state of the first layer with a memory, as long as all others'; None at the start."""
