@@ -1,14 +1,16 @@
 # make demo   a number told once is found a million tokens later, on the CPU; then at many lengths and depths
-# make test   lint, format, types, tests
+# make test   lint, format, types, documentation, tests
+# make docs   the documentation, with the report of results/, in out/site
 #
 # Each sets up .venv by itself, and again only when pyproject.toml or constraints.txt change.
 # Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
 BIN := .venv/bin
+export NO_MKDOCS_2_WARNING := 1 # it is held below 2
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test clean
+.PHONY: demo test docs clean
 
 demo: .venv/.demo
 	$(BIN)/infini demo shakespeare
@@ -19,8 +21,13 @@ test: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mkdocs build --strict --quiet
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/ops/test_triton.py
 	$(BIN)/pytest -n 2
+
+docs: .venv/.dev
+	$(BIN)/mkdocs build --strict
+	@echo out/site/index.html
 
 clean:
 	rm -rf .venv out

@@ -18,6 +18,7 @@ pairs. The first process prints a table, then one line of JSON.
 """
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -79,12 +80,15 @@ def main(
         if device == "cuda":
             model.bfloat16()
         for task in tasks or ["training", "reading"]:
+            too_many = math.inf  # tokens a card
             for length in lengths or [131_072, 1_048_576, 4_194_304]:
-                rows += [
-                    row
-                    for size, group in groups.items()
-                    if (row := measured(model, task, length, size, group, steps, place)) is not None
-                ]
+                for size, group in groups.items():
+                    if length / size < too_many:
+                        row = measured(model, task, length, size, group, steps, place)
+                        too_many = length / size if row["seconds"] is None else too_many
+                    else:
+                        row = {"rule": rule, "task": task, "cards": size, "length": length, "seconds": None}
+                    rows.append(row)
         del model
     report = {"benchmark": "multi_gpu", "cards": cards, "layers": layers, "rows": scaled(rows)}
     report |= {"segment_length": segment_length, **environment(device)}
@@ -179,11 +183,10 @@ def read(model: Any, ids: Tensor, group: Any) -> Tensor:
 
 def measured(
     model: Any, task: str, length: int, size: int, group: Any, steps: int, place: torch.device
-) -> Row | None:
-    """A row of `size` cards; None on cards that have no part in it, which wait."""
-    row: Row | None = None
+) -> Row:
+    """A row of `size` cards, the same on all; the others wait. Without seconds where it does not fit."""
+    row: Row = {"rule": model.config.update_rule, "task": task, "cards": size, "length": length}
     if dist.get_rank() < size:
-        row = {"rule": model.config.update_rule, "task": task, "cards": size, "length": length}
         try:
             row |= timed(model, task, length, None if size == 1 else group, steps, place)
         except torch.cuda.OutOfMemoryError:
@@ -191,8 +194,8 @@ def measured(
         model.zero_grad()
         if place.type == "cuda":
             torch.cuda.empty_cache()
-    dist.barrier()
-    return row
+    dist.broadcast_object_list(shared := [row], 0)
+    return shared[0]
 
 
 def timed(

@@ -492,6 +492,21 @@ def table(
         show.plot(made, plot)
 
 
+def report(folder: Path = Path("results"), *, output: Path) -> None:
+    """Gather a folder of results into one HTML page, which needs neither network nor scripts.
+
+    Args:
+        folder: With an index, index.yaml, that says what each file is; by default results.
+        output: The page to write, such as report.html.
+    """
+    from infini_attention.evaluation.report import report as gather
+    from infini_attention.evaluation.report_page import page
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page(gather(folder)), encoding="utf-8")
+    print(f"{output}, {output.stat().st_size / 1e6:.1f} MB")
+
+
 def demo(
     text: str = "shakespeare",
     *,
@@ -984,6 +999,7 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "summaries": summaries,
     "eval": evaluate,
     "table": table,
+    "report": report,
     "bindings": bindings,
     "passkey": passkey,
     "gates": gates,
