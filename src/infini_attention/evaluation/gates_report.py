@@ -50,7 +50,9 @@ def plot(report: GatesReport, path: Path) -> None:
     figure.supylabel("layer", fontsize=9)
     bar = figure.colorbar(images[0], ax=places, shrink=1 / rows, anchor=(0, 1), pad=0.02, format="{x:.0%}")
     bar.ax.tick_params(labelsize=7)
-    figure.suptitle("\n".join([_source(report), _model(report), *_without_memory(report)]), fontsize=9)
+    figure.suptitle(
+        "\n".join([_source(report), _model(report), *_without_memory(report)]), fontsize=9, wrap=True
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

@@ -42,7 +42,7 @@ def plot(report: PasskeyReport, path: Path) -> None:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label="exact match, %", pad=0.02)
-    figure.suptitle(f"{_task(report)}\n{_model(report)}", fontsize=10)
+    figure.suptitle(f"{_task(report)}\n{_model(report)}", fontsize=10, wrap=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

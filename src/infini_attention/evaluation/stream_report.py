@@ -58,7 +58,8 @@ def plot(report: StreamReport, path: Path) -> None:
         f"{report.text}, {report.total.end:,} tokens, read by {setting.model}: segments of "
         f"{setting.segment_length}, {setting.update_rule} rule, {setting.feature_map}, "
         f"normalization {setting.normalization}, local attention {setting.local_attention}"
-        + (", untrained gates" if setting.retrofitted else "")
+        + (", untrained gates" if setting.retrofitted else ""),
+        wrap=True,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
