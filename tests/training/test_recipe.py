@@ -362,6 +362,14 @@ def test_a_folder_with_a_run_of_another_recipe_is_refused(tmp_path: Path) -> Non
         train(other.recipe, other.text)
 
 
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    place = tmp_path / "taken"
+    place.write_text("")
+    reading = read_recipe(write(tmp_path), [f"--training.output_dir={place}"])
+    with pytest.raises(ValueError, match="taken, which is a file; name a folder"):
+        train(reading.recipe, reading.text)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -97,7 +97,9 @@ def _going_on(args: InfiniTrainingArguments, folder: Path) -> bool:
 
 
 def _same_run(folder: Path, text: str, writes: bool) -> None:
-    """Keep the recipe in the run's folder; raise ValueError where there is another one's run."""
+    """Keep the recipe in the run's folder; raise ValueError where it has another one's run, or is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"training.output_dir is {folder}, which is a file; name a folder")
     kept = folder / RECIPE
     if kept.exists() and checkpoints(folder) and kept.read_text() != text:
         raise ValueError(
