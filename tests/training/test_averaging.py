@@ -88,6 +88,13 @@ def test_a_training_that_was_cut_off_goes_on_with_its_average(tmp_path: Path) ->
     torch.testing.assert_close(weights(again), weights(whole), rtol=0, atol=0)
 
 
+def test_a_checkpoint_without_an_average_is_refused(tmp_path: Path) -> None:
+    training(tmp_path / "plain")[0].train()
+    trainer, _ = training(tmp_path / "again", ema_decay=0.9)
+    with pytest.raises(ValueError, match="the checkpoint is of a training without it; leave it out"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-5"))
+
+
 def test_a_second_training_begins_a_new_average(tmp_path: Path) -> None:
     trainer, seen = training(tmp_path, ema_decay=0.8)
     trainer.train()

@@ -55,5 +55,10 @@ class AveragedWeights(TrainerCallback):
         return self._average
 
     def load(self, saved: list[Tensor]) -> None:
-        """Go on from what `save` gave."""
+        """Go on from what `save` gave; ValueError for a checkpoint of a training without an average."""
+        if not saved:
+            raise ValueError(
+                "ema_decay is set, and the checkpoint is of a training without it; leave it out, or start "
+                "anew from the checkpoint's weights"
+            )
         self._average = [average.to(weight) for average, weight in zip(saved, self._weights, strict=True)]

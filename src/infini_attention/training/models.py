@@ -16,7 +16,7 @@ from infini_attention.models.adapters import add_adapter, is_adapter, load_adapt
 from infini_attention.models.config import InfiniConfigMixin
 from infini_attention.models.memory_off import SHUT
 from infini_attention.ops.options import check_choice
-from infini_attention.training.recipe import SETTINGS_OF_BASELINES, ModelRecipe
+from infini_attention.training.recipe import SETTINGS_OF_BASELINES, SETTINGS_OF_MEMORIES, ModelRecipe
 
 
 def make_model(recipe: ModelRecipe, vocab_size: int) -> Any:
@@ -76,19 +76,7 @@ def segment_length_of(recipe: ModelRecipe) -> int:
 
 def _refuse_memory_settings(recipe: ModelRecipe, *more: str) -> None:
     """Raise ValueError for settings of a memory, and `more`, that a base with memories has already."""
-    names = (
-        *more,
-        "segment_length",
-        "update_rule",
-        "feature_map",
-        "normalization",
-        "empty_memory",
-        "local_attention",
-        "sink_tokens",
-        "short_convolution",
-        "layers",
-        "gate_init",
-    )
+    names = (*more, "segment_length", *SETTINGS_OF_MEMORIES, "gate_init")
     given = [name for name in names if getattr(recipe, name) != getattr(ModelRecipe(), name)]
     if given:
         raise ValueError(

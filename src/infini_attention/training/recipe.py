@@ -11,6 +11,17 @@ from infini_attention.data.documents import Documents
 from infini_attention.data.summaries import GENERAL
 from infini_attention.training.arguments import InfiniTrainingArguments
 
+SETTINGS_OF_MEMORIES = (
+    "update_rule",
+    "feature_map",
+    "normalization",
+    "empty_memory",
+    "local_attention",
+    "sink_tokens",
+    "short_convolution",
+    "layers",
+)
+"""Those of a ModelRecipe, but gate_init."""
 SETTINGS_OF_BASELINES = {
     "memorizing": ("gate_init",),
     "linear_attention": ("feature_map", "short_convolution"),
@@ -284,20 +295,7 @@ class Recipe:
     def _refuse_settings_of_memories(self) -> None:
         """Raise ValueError for what a baseline has no use for."""
         name, training, usual = self.model.baseline, self.training, ModelRecipe()
-        useless = [
-            "base",
-            "lora",
-            "update_rule",
-            "feature_map",
-            "normalization",
-            "empty_memory",
-            "local_attention",
-            "sink_tokens",
-            "short_convolution",
-            "layers",
-            "memory",
-            "gate_init",
-        ]
+        useless = ("base", "lora", *SETTINGS_OF_MEMORIES, "memory", "gate_init")
         given = {
             f"model.{field}": getattr(self.model, field) != getattr(usual, field)
             for field in useless
