@@ -2,8 +2,11 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import Tensor
+
+from infini_attention.ops import infini_attention
 
 from .cases import Case, Row, assert_equal, make_case, run
 
@@ -48,3 +51,83 @@ def test_under_delta_a_segment_is_added_by_weight_and_takes_out_once(backend: st
     added = features.transpose(-1, -2) @ row.value[:, N:]
     assert_equal(both.memory[0], first.memory[0] - removed + 5 * added, tolerance=1e-12)
     assert_equal(both.normalizer[0], first.normalizer[0] + 5 * features.sum(dim=1), tolerance=1e-12)
+
+
+def copies_of(case: Case, segments: list[int], copies: list[int]) -> Case:
+    """The case's only row as the given of its segments, which stand there so often."""
+    row = rebuilt(case, segments).rows[0]
+    return replace(case, rows=[replace(row, weights=torch.tensor(copies))])
+
+
+def test_copies_under_delta_go_on_from_what_the_first_of_them_left(backend: str) -> None:
+    """Each adds what is missing of the segment's values in what the memory answers by the z of the first."""
+    case = make_case([2 * N], segment_length=N, update_rule="delta", feature_map="elu1")
+    (row,) = case.rows
+    _, state = run(rebuilt(case, [0, 1]), backend=backend)
+    features = torch.nn.functional.elu(row.key[:, N:]) + 1
+    memory, normalizer = state.memory[0], state.normalizer[0]
+    for _ in range(2):
+        found = features @ memory / (features @ normalizer[..., None])
+        memory = memory + features.transpose(-1, -2) @ (row.value[:, N:] - found)
+    _, copied = run(copies_of(case, [0, 1], [1, 3]), backend=backend)
+    assert_equal(copied.memory[0], memory, tolerance=1e-12)
+    assert_equal(copied.normalizer[0], normalizer + 2 * features.sum(dim=1), tolerance=1e-12)
+
+
+def test_one_copy_is_the_segment_itself(backend: str) -> None:
+    case = make_case([3 * N], segment_length=N, update_rule="delta")
+    _, plain = run(rebuilt(case, [0, 1, 2]), backend=backend)
+    _, once = run(copies_of(case, [0, 1, 2], [1, 1, 1]), backend=backend)
+    assert_equal(once.memory, plain.memory, tolerance=1e-12)
+
+
+def test_a_billion_copies_bring_back_what_they_said_and_leave_the_rest() -> None:
+    """In fp32, where a map that is multiplied by itself 30 times would show its rounding."""
+    case = make_case([2 * N], segment_length=N, update_rule="delta", feature_map="exp", head_dim=16)
+    case = case.to(torch.float32)
+    (row,) = case.rows
+    _, state = run(copies_of(case, [0, 1], [1, 2**30]), backend="parallel")
+    features = row.key[:, N:].double().exp()
+    _, before = run(rebuilt(case, [0, 1]), backend="parallel")
+    found = features @ state.memory[0].double() / (features @ before.normalizer[0].double()[..., None])
+    assert_equal(found, row.value[:, N:].double(), tolerance=1e-3)
+    assert torch.isfinite(state.memory).all()
+
+
+def test_gradients_flow_through_copies() -> None:
+    torch.manual_seed(0)
+    key, value = torch.randn(2, 1, 1, 2 * N, 3, dtype=torch.float64).unbind()
+    query, gate = torch.randn(1, 1, 2 * N, 3, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    settings = {"segment_length": N, "update_rule": "delta", "segment_weights": torch.tensor([[1, 5]])}
+
+    def memory(*tensors: Tensor) -> Tensor:
+        return infini_attention(query, *tensors, gate, **settings)[1].memory
+
+    assert torch.autograd.gradcheck(memory, (key.requires_grad_(), value.requires_grad_()))
+
+
+def test_whole_numbers_are_scaled_sums_under_the_linear_rule(backend: str) -> None:
+    case = make_case([2 * N], segment_length=N, update_rule="linear")
+    _, whole = run(copies_of(case, [0, 1], [2, 3]), backend=backend)
+    _, scaled = run(rebuilt(case, [0, 1], [2, 3]), backend=backend)
+    assert_equal(whole.memory, scaled.memory, tolerance=0)
+
+
+@pytest.mark.parametrize(
+    ("length", "copies", "message"),
+    [
+        (2 * N - 1, [1, 1], "give whole segments"),
+        (2 * N, [0, 1], "at least 1"),
+        (2 * N, [1, 2**31], "at most"),
+    ],
+)
+def test_copies_that_cannot_be_made_are_refused(length: int, copies: list[int], message: str) -> None:
+    tensors = torch.randn(3, 1, 1, length, 3)
+    with pytest.raises(ValueError, match=message):
+        infini_attention(
+            *tensors,
+            torch.zeros(1),
+            segment_length=N,
+            update_rule="delta",
+            segment_weights=torch.tensor([copies]),
+        )

@@ -131,6 +131,24 @@ def test_segments_repeat_and_vary_in_number_in_training_only(
     assert seen == [(40, None)]
 
 
+def test_segments_are_copied_a_whole_number_of_times_where_that_is_the_form(
+    make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM
+) -> None:
+    model.config.update_rule = "delta"
+    batch = {name: torch.stack([row[name] for row in rows(3)]) for name in ("input_ids", "labels")}
+    losses = {}
+    for form in ("sums", "copies"):
+        trainer = make_trainer(repeat_ceiling=1e6, repeat_form=form)
+        (drawn,), count = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+        weights = drawn["segment_weights"]
+        assert weights.is_floating_point() == (form == "sums")
+        assert weights.min() == 1 and weights.max() > 1
+        losses[form] = trainer.training_step(model.train(), drawn, num_items_in_batch=count)
+    assert not torch.equal(losses["sums"], losses["copies"])
+    with pytest.raises(ValueError, match="repeat_form is 'power'; choose one of 'sums', 'copies'"):
+        make_trainer(repeat_form="power")
+
+
 def test_a_loss_that_is_no_number_stops_the_training(
     make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM
 ) -> None:

@@ -5,8 +5,7 @@ looks back at, which `incoming_recent` gets by one more all-gather. What a run o
 of fixed size. With the sums A_s, B_s, z_s of `ops.parallel`, and w_s for how often a segment counts:
 
     linear   M <- M + U        U = sum_s w_s B_s
-    delta    M <- M + D M + U  [D | U] of all segments, joined from [-A_s | w_s B_s] of each by neighbours:
-                               [D | U] = [D_1 | U_1] + [D_2 | U_2] + D_2 [D_1 | U_1]
+    delta    M <- M + D M + U  [D | U] of all segments, joined from [-A_s | w_s B_s] of each (`ops.affine`)
     both     z <- z + sum_s w_s z_s
 
 Each rank sends this of its run, and folds what the ranks before it sent. That is one all-gather for the
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from infini_attention.ops.affine import joined
 from infini_attention.ops.infini import memory_map
 from infini_attention.ops.normalization import denominator
 from infini_attention.ops.options import autocast_type
@@ -61,7 +61,8 @@ def incoming_state(
         update_rule: "linear" or "delta".
         feature_map: sigma, a name of `ops.feature_maps`.
         normalization: as in `infini_attention`.
-        segment_weights: (batch, segments of this run): how often each counts in memory.
+        segment_weights: (batch, segments of this run): how often each counts in memory; under the delta rule
+            of a floating dtype.
         state: the tokens before the whole sequences, on the first rank only, with no segment open.
         tokens_before: what the function of that name says; once for all layers that share out the same runs.
         group: the ranks, in the order of their runs.
@@ -70,10 +71,16 @@ def incoming_state(
         MemoryState with no segment open, in fp32 (fp64 where the inputs are).
 
     Raises:
-        ValueError: an update rule, feature map or normalization that `infini_attention` refuses; a state on
-            another rank than the first, or of another kind than the inputs need.
+        ValueError: an update rule, feature map or normalization that `infini_attention` refuses; copies of
+            segments under the delta rule; a state on another rank than the first, or of another kind than the
+            inputs need.
     """
     sigma, rank = memory_map(update_rule, feature_map, normalization), dist.get_rank(group)
+    if update_rule == "delta" and segment_weights is not None and not segment_weights.is_floating_point():
+        raise ValueError(
+            f"segment_weights are {segment_weights.dtype}, copies of segments, which context parallelism "
+            "does not make; give a floating dtype, or train with repeat_form='sums'"
+        )
     start = MemoryState.before(key, value, segment_length=segment_length, feature_map=feature_map)
     if state is not None:
         _check_state(state, start, rank)
@@ -217,7 +224,7 @@ def _delta(
     normalizer = _sum_before(start.normalizer, normalizer_sums.sum(dim=2), group)
     before_z = torch.cat([normalizer[:, :, None], normalizer_sums], dim=2).cumsum(dim=2)[:, :, :-1]
     removal = keys.transpose(-1, -2) @ (keys / denominator(keys, before_z))  # A_s
-    D, U = _joined(removal, memory_sums).tensor_split([keys.shape[-1]], dim=-1)
+    D, U = _all_joined(removal, memory_sums).tensor_split([keys.shape[-1]], dim=-1)
     # The last part has no columns. It ties the two gathers together where a run has no whole segment, so that
     # both are in every rank's backward.
     X = torch.cat([D, start.memory + D @ start.memory + U, normalizer[..., None][..., :0]], dim=-1)
@@ -231,18 +238,16 @@ def _delta(
     return memory, normalizer
 
 
-def _joined(removal: Tensor, added: Tensor) -> Tensor:
+def _all_joined(removal: Tensor, added: Tensor) -> Tensor:
     """[D | U] of all segments, (batch, kv_heads, feature_dim, feature_dim + value_dim); 0 of none.
 
-    By neighbours, so that S segments take log2(S) steps. D is T - I, as T itself would round what is small.
+    By neighbours, so that S segments take log2(S) steps.
     """
-    X, feature_dim = torch.cat([-removal, added], dim=-1), removal.shape[-1]
+    X = torch.cat([-removal, added], dim=-1)
     X = F.pad(X, (0, 0, 0, 0, 0, 1)) if X.shape[2] == 0 else X
     while X.shape[2] > 1:
         even = X.shape[2] // 2 * 2
-        first, second = X[:, :, :even:2], X[:, :, 1:even:2]
-        joined = first + second + second[..., :feature_dim] @ first
-        X = torch.cat([joined, X[:, :, even:]], dim=2)
+        X = torch.cat([joined(X[:, :, :even:2], X[:, :, 1:even:2]), X[:, :, even:]], dim=2)
     return X[:, :, 0]
 
 

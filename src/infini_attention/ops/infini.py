@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from infini_attention.ops import feature_maps
+from infini_attention.ops.affine import MOST_COPIES
 from infini_attention.ops.layout import Layout, plan
 from infini_attention.ops.local import context_tokens
 from infini_attention.ops.normalization import normalized
@@ -88,7 +89,9 @@ def infini_attention(
         cu_seqlens: (documents + 1,) int32 or int64, from 0 to length: documents packed into a batch of one,
             each with its own memory; `state` then has one row a document.
         segment_weights: (rows, segments): how often each segment touched by this call counts in memory
-            (for training). Under the delta rule what a segment adds counts so often, what it takes out once.
+            (for training). Under the delta rule their dtype decides: with a floating one, what a segment adds
+            counts so often, what it takes out once; with an integer one, whole segments stand there so often
+            in a row, at least once each. See `ops.affine.copied`.
         scale: of local scores; default head_dim ** -0.5.
         softcap: bounds local scores to softcap * tanh(score / softcap); default none.
         backend: "reference", "parallel", or "auto", the fastest that is right on the inputs' device.
@@ -154,7 +157,7 @@ def infini_attention(
         cu_seqlens=cu_seqlens,
     )
     if segment_weights is not None:
-        segment_weights = _checked_weights(segment_weights, layout, state)
+        segment_weights = _checked_weights(segment_weights, layout, state, update_rule)
     options = Options(
         segment_length=segment_length,
         update_rule=update_rule,
@@ -166,7 +169,7 @@ def infini_attention(
     )
     inputs = Inputs(query, key, value, local_query, local_key, context_key, gate, segment_weights)
     with torch.autocast(autocast_type(query.device), enabled=False):
-        return _backend(backend, query, value, normalization)(inputs, layout, state, options)
+        return _backend(backend, inputs, normalization)(inputs, layout, state, options)
 
 
 def memory_map(update_rule: str, feature_map: str, normalization: str) -> feature_maps.FeatureMap:
@@ -205,12 +208,15 @@ def choose_backend(
     return "parallel", f"all segments at once in torch, because {reason}"
 
 
-def _backend(name: str, query: Tensor, value: Tensor, normalization: str) -> Backend:
+def _backend(name: str, inputs: Inputs, normalization: str) -> Backend:
     check_choice("backend", name, ("auto", *BACKENDS))
-    head_dim = max(query.shape[-1], value.shape[-1])
+    query = inputs.query
+    head_dim = max(query.shape[-1], inputs.value.shape[-1])
     reason = None
     if name in ("auto", "triton"):
         reason = obstacle(query.device, query.dtype, head_dim, normalization)
+        if reason is None and inputs.copies is not None:
+            reason = "the fused kernels make no copies of segments under the delta rule"
     if name == "triton" and reason is not None:
         raise ValueError(f"backend is 'triton', but {reason}; use backend='auto'")
     if name == "auto" and reason is not None:
@@ -381,16 +387,32 @@ def _without_padding(x: Tensor, padding_mask: Tensor | None) -> Tensor:
     return x if padding_mask is None else x.masked_fill(~padding_mask[:, None, :, None], 0)
 
 
-def _checked_weights(weights: Tensor, layout: Layout, state: MemoryState) -> Tensor:
+def _checked_weights(weights: Tensor, layout: Layout, state: MemoryState, update_rule: str) -> Tensor:
     expected = (layout.rows, layout.columns)
     if weights.shape != expected:
         raise ValueError(
             f"segment_weights has shape {tuple(weights.shape)}; "
             f"this call touches (rows, segments) = {expected}"
         )
+    if update_rule == "delta" and not weights.is_floating_point():
+        return _checked_copies(weights.to(state.memory.device, torch.int64), layout)
     weights = weights.to(state.memory.device, state.memory.dtype)
     if not capturing(weights) and not bool(((weights >= 0) & torch.isfinite(weights)).all()):
         raise ValueError(
             f"segment_weights has minimum {weights.min().item()}; weights are finite and at least 0"
         )
     return weights
+
+
+def _checked_copies(copies: Tensor, layout: Layout) -> Tensor:
+    if layout.head() is not None or layout.tail() is not None:
+        raise ValueError(
+            "segment_weights are whole numbers, copies of segments under the delta rule, and a segment is "
+            "not whole in this call; give whole segments, or weights of a floating dtype"
+        )
+    if not capturing(copies) and not bool(((copies >= 1) & (copies <= MOST_COPIES)).all()):
+        raise ValueError(
+            f"segment_weights are from {copies.min().item()} to {copies.max().item()}; copies of a segment "
+            f"are at least 1 and at most {MOST_COPIES:,}"
+        )
+    return copies

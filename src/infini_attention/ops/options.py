@@ -33,8 +33,8 @@ class Options:
 class Inputs:
     """Tensors of one call, all checked, no defaults left to fill in; shapes as in `infini_attention`.
 
-    `segment_weights` is (rows, segments) in the state's dtype, or None; `context_key` is None where no token
-    sees anything outside its own segment.
+    `segment_weights` is (rows, segments) in the state's dtype, or None, or int64 where they are copies under
+    the delta rule; `context_key` is None where no token sees anything outside its own segment.
     """
 
     query: Tensor
@@ -45,6 +45,12 @@ class Inputs:
     context_key: Tensor | None
     gate: Tensor
     segment_weights: Tensor | None
+
+    @property
+    def copies(self) -> Tensor | None:
+        """The segment weights where they are copies, which the delta rule tells from scaled sums."""
+        weights = self.segment_weights
+        return None if weights is None or weights.is_floating_point() else weights
 
     def map(self, function: Callable[[Tensor], Tensor], segment_weights: Tensor | None) -> "Inputs":
         """`function` of every tensor of tokens, with other segment weights."""

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from infini_attention.ops.affine import copied
 from infini_attention.ops.context import attend_in_segments, delayed, next_context
 from infini_attention.ops.layout import Layout, Output, Stretches, Whole
 from infini_attention.ops.local import continued, local_attention
@@ -76,9 +77,13 @@ def _whole_segments(
     normalizer_sums = _weighted(keys.sum(dim=2), inputs)
     before_z, normalizer = scan(state.normalizer, block, lambda z, runs: z + normalizer_sums[runs])
 
-    memory_sums = _weighted(keys.transpose(-1, -2) @ values, inputs)
+    memory_sums = keys.transpose(-1, -2) @ values
+    if inputs.copies is None:
+        memory_sums = _weighted(memory_sums, inputs)
     if options.update_rule == "delta":
         removal = keys.transpose(-1, -2) @ (keys / denominator(keys, before_z))  # A_s
+        if inputs.copies is not None:
+            removal, memory_sums = copied(keys, removal, memory_sums, before_z, inputs.copies)
 
         def step(M: Tensor, runs: Runs) -> Tensor:
             return M - removal[runs] @ M + memory_sums[runs]

@@ -83,8 +83,9 @@ def _piece(inputs: Inputs, column: int, state: MemoryState, options: Options) ->
         share = torch.where(is_empty(heads_z)[..., None, None], torch.zeros_like(share), share)
     A = share * A_mem + (1 - share) * A_dot.to(dtype)
 
-    # (8), (9) the segment's sums; `weight` is how often it counts
-    weight = 1 if inputs.segment_weights is None else inputs.segment_weights[0, column]
+    # (8), (9) the segment's sums; `weight` is how often it counts, as copies are made once it is whole
+    weights = inputs.segment_weights
+    weight = 1 if weights is None or inputs.copies is not None else weights[0, column]
     values = weight * V
     if options.update_rule == "delta":
         values = values - read(sigma_k, M, z, options.normalization)
@@ -96,6 +97,8 @@ def _piece(inputs: Inputs, column: int, state: MemoryState, options: Options) ->
     if int(length) % options.segment_length == 0:  # the segment is whole: it becomes memory
         context = _next_context(context, V_local, first, state)
         M, z = M + pending_memory, z + pending_normalizer
+        copies = 1 if inputs.copies is None else int(inputs.copies[0, column])
+        M, z = _again(M, z, sigma_k, V, copies - 1, options)
         pending_memory, pending_normalizer = torch.zeros_like(M), torch.zeros_like(z)
         K_local, V_local = K_local[:, :, :0], V_local[:, :, :0]
     new_state = replace(
@@ -110,6 +113,15 @@ def _piece(inputs: Inputs, column: int, state: MemoryState, options: Options) ->
         **context,
     )
     return A.to(inputs.query.dtype), new_state
+
+
+def _again(
+    M: Tensor, z: Tensor, sigma_k: Tensor, V: Tensor, times: int, options: Options
+) -> tuple[Tensor, Tensor]:
+    """(9) of a whole segment so many times more, all of them with the z of before the first."""
+    for _ in range(times):
+        M = M + sigma_k.transpose(-1, -2) @ (V - read(sigma_k, M, z, options.normalization))
+    return M, z + times * sigma_k.sum(dim=2)
 
 
 def _seen(key: Tensor, value: Tensor, first: bool, state: MemoryState) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from infini_attention.ops.options import check_choice
+
+REPEAT_FORMS = ("sums", "copies")
+
 
 @dataclass
 class InfiniTrainingArguments(TrainingArguments):
@@ -15,6 +19,9 @@ class InfiniTrainingArguments(TrainingArguments):
         gate_warmup_steps: linear, of the gates alone; the body's decay follows.
         repeat_ceiling: how often a segment may count at most, drawn anew every step; 1 for never. See
             `segments.repeated_segments`.
+        repeat_form: what repeating is under the delta rule: "sums", what a segment adds counts so often and
+            what it takes out once; or "copies", it stands there so often in a row, a whole number of times,
+            which the fused kernels do not have. See `ops.infini_attention`, segment_weights.
         repeat_start_step: before it no segment repeats.
         repeat_warmup_steps: from there the ceiling grows from 1, by the same factor every step, over so many.
         least_segments: inputs are cut to a random number of whole segments from here up; None for never.
@@ -45,6 +52,7 @@ class InfiniTrainingArguments(TrainingArguments):
     gate_learning_rate: float = field(default=1e-2)
     gate_warmup_steps: int = field(default=0)
     repeat_ceiling: float = field(default=1.0)
+    repeat_form: str = field(default="sums")
     repeat_start_step: int = field(default=0)
     repeat_warmup_steps: int = field(default=0)
     least_segments: int | None = field(default=None)
@@ -85,6 +93,7 @@ class InfiniTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} is {getattr(self, name)}; give at least 1, or leave it out")
         if not self.repeat_ceiling >= 1:
             raise ValueError(f"repeat_ceiling is {self.repeat_ceiling}; give at least 1, which is never")
+        check_choice("repeat_form", self.repeat_form, REPEAT_FORMS)
         if self.curriculum_steps and self.least_segments is None:
             raise ValueError(
                 f"curriculum_steps is {self.curriculum_steps}, and there is nothing to begin with; "

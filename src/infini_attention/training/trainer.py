@@ -329,7 +329,7 @@ class InfiniTrainer(Trainer):
             weights = repeated_segments(len(counts), segments, ceiling, generator=self._random)
             if repeatable is not None:
                 weights = weights.to(repeatable.device).where(repeatable[:, -segments:], 1.0)
-            inputs["segment_weights"] = weights
+            inputs["segment_weights"] = weights.long() if args.repeat_form == "copies" else weights
         if args.cuda_graphs and documents is not None:
             raise ValueError(
                 "cuda_graphs is set and documents are packed, each batch in its own way; leave one out"
