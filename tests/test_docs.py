@@ -97,8 +97,11 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """What headings are linked to by."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    """What headings are linked to by, those of a page that is shown in this one, too."""
+    text = page.read_text(encoding="utf-8")
+    for shown in re.findall(r'^--8<-- "([^:"]+)', text, re.MULTILINE):
+        text += (ROOT / shown).read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
@@ -119,10 +122,15 @@ def test_the_api_page_has_every_public_name_that_is_of_no_single_family() -> Non
         assert families.match(name) or f"::: infini_attention.{name}\n" in page, name
 
 
-def test_the_findings_that_the_site_shows_are_marked() -> None:
+def test_the_findings_that_the_site_shows_are_marked_and_each_has_a_name() -> None:
     findings = ROOT / "results" / "README.md"
     if not findings.exists():
         pytest.skip("a source distribution has no results")
     text = findings.read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert len({*headings}) == len(headings) > 20
+    files = [path.name for path in findings.parent.iterdir()]
+    for name in re.findall(r"`([^`]+)`", "".join(headings)):
+        assert any(name in file for file in files), name
     assert "--8<-- [start:findings]" in text and "--8<-- [end:findings]" in text
     assert '--8<-- "results/README.md:findings"' in (DOCS / "results.md").read_text(encoding="utf-8")

@@ -639,6 +639,7 @@ def ask(
         question: The question.
     """
     session = _loader(reader)(state)
+    _say_if_not_for_chat(session, reader.model)
     _say(session, session.answer(question, **generation.options()), json)
 
 
@@ -692,6 +693,7 @@ def chat(
     if json:
         raise ValueError("a chat has no JSON; leave --json out")
     session = _loader(reader)(state if state is not None and state.exists() else None)
+    _say_if_not_for_chat(session, reader.model)
     talk(session, state, Console(), **generation.options())
 
 
@@ -756,6 +758,18 @@ def _loaded(reader: Reader, sliding: Window | None = None) -> tuple[Any, Any]:
         dtype = "bfloat16" if choose_device(reader.device).type == "cuda" else "float32"
     model, _ = load_system(reader.model, settings, device=reader.device, dtype=dtype)
     return model, load_tokenizer(reader.model)
+
+
+def _say_if_not_for_chat(session: Any, model: str) -> None:
+    """Say on stderr what to expect of a model without a chat template, such as passkey."""
+    from infini_attention.streaming.prompts import has_chat_template
+
+    if not has_chat_template(session.tokenizer):
+        print(
+            f"infini: {model} has no chat template, so it may not have learnt to answer questions: it goes on"
+            " with the text after 'Question: ... Answer:', up to --max_new_tokens",
+            file=sys.stderr,
+        )
 
 
 def _say(session: Any, ids: Iterable[int], json: bool) -> None:

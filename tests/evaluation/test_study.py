@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -260,6 +261,28 @@ def test_what_is_done_is_not_done_again(write: Write, tmp_path: Path, capsys: An
     changed = {path for path, before in times.items() if path.stat().st_mtime_ns != before}
     assert {path.name for path in changed if path.is_file()} == {"paper.json"}
     assert "2 runs, 1 of them to do" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("checkpoint", [True, False], ids=["with a checkpoint", "from the start"])
+def test_a_run_without_weights_is_trained_anew_if_it_is_to_be_asked(
+    checkpoint: bool, write: Write, tmp_path: Path
+) -> None:
+    study, output = read_study(write()), tmp_path / "out"
+    (first,) = run_study(study, output).results
+    folder = output / "recipe" / "seed-0"
+    (weights,) = (folder / "model").glob("*.safetensors")
+    before = weights.read_bytes()
+    weights.unlink()
+    if not checkpoint:
+        shutil.rmtree(folder / "checkpoint-2")
+    other = folder / "four keys.json"  # what other weights answered
+    other.write_text(other.read_text().replace('"fingerprint": "', '"fingerprint": "other '))
+    assert run_study(study, output).results[0].done and not weights.exists()  # nothing is left to ask
+    (folder / "paper.json").unlink()
+    (second,) = run_study(study, output).results
+    assert second.failed is None and second.answers == first.answers
+    assert weights.read_bytes() == before and "other" not in other.read_text()
 
 
 @pytest.mark.usefixtures("at_once")

@@ -1,3 +1,4 @@
+import re
 from importlib.util import find_spec
 
 import pytest
@@ -79,6 +80,45 @@ def test_a_real_model_reads_and_writes_as_before():
     assert tokenizer.decode(following).strip() == "Paris"
 
 
-def test_a_name_that_cannot_be_loaded_is_named(tmp_path):
-    with pytest.raises(ValueError, match="nothing-here' is neither a folder with a model nor a name"):
-        load_model(tmp_path / "nothing-here")
+@pytest.mark.parametrize(
+    ("place", "load", "remedy"),
+    [
+        ("out/small/model", load_model, "first run the recipe or study that trains into out/small, or name"),
+        ("runs/a/b/model", load_tokenizer, "that trains into runs/a/b, or name another"),
+        ("out/tokenizer", load_tokenizer, "make it with `infini tokenizer`, or name another"),
+        ("out/tokenizer", load_model, "make it with `infini train` or `infini retrofit`, or name another"),
+        ("./here", load_model, "make it"),
+        ("../there", load_model, "make it"),
+        ("~/there", load_model, "make it"),
+        ("/nowhere/at/all", load_tokenizer, "make it"),
+    ],
+)
+def test_the_hub_is_not_asked_for_a_folder_that_is_not_there(
+    place, load, remedy, tmp_path, asked, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"^there is no folder {re.escape(place)}; .*{re.escape(remedy)}"):
+        load(place)
+    assert not asked
+
+
+@pytest.mark.parametrize("name", ["gpt2", "HuggingFaceTB/SmolLM2-135M", "outer/model"])
+def test_the_hub_is_asked_for_its_own_names(name, asked):
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ValueError, match=f"'{name}' is neither a folder with a"):
+            load(name)
+    assert asked == [name, name]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What transformers is asked to load, which it never finds."""
+    names = []
+
+    def missing(name, **_):
+        names.append(name)
+        raise OSError("no connection")
+
+    for loader in (loading.AutoModelForCausalLM, loading.AutoTokenizer):
+        monkeypatch.setattr(loader, "from_pretrained", missing)
+    return names

@@ -146,6 +146,23 @@ def test_chat_remembers_and_is_saved(
     assert Path("b.state").read_bytes() == Path("a.state").read_bytes()
 
 
+@pytest.mark.parametrize("template", [None, "{{ messages[-1]['content'] }}"], ids=["without", "with"])
+def test_what_a_model_without_a_chat_template_does_is_said(
+    template: str | None,
+    infini: Infini,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if template is not None:
+        (place / "model" / "chat_template.jinja").write_text(template)
+    monkeypatch.setattr("rich.console.Console.input", lambda self, prompt: "/quit")
+    infini("ingest", "text.txt", "-o", "a.state")
+    for command in (["ask", "a.state", "w1", "--max_new_tokens", "2"], ["chat"]):
+        code, _, said = infini(*command)
+        assert code == 0
+        assert ("model has no chat template" in said) == (template is None)
+
+
 def test_mistakes_are_one_line(infini: Infini) -> None:
     for arguments, words in (
         (["ask", "no.state", "w1"], "cannot be loaded"),

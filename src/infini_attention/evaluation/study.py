@@ -117,6 +117,10 @@ class Run:
                 figures |= {name: logged[name] for name in LOGGED if name in logged}
         return figures
 
+    def has_weights(self) -> bool:
+        """Whether the trained model's weights are there: figures may have been kept without them."""
+        return any((self.folder / MODEL).glob("*.safetensors"))
+
     def report(self, name: str) -> dict[str, Any] | None:
         """What there is of a question's report; None also where the question was another one then."""
         path = self.folder / f"{name}.json"
@@ -273,7 +277,10 @@ def run_study(
 def perform(run: Run) -> None:
     """Train, unless that is done, and ask what has not been asked yet, in this process."""
     logging.disable_progress_bar()
-    if run.trained() is None:
+    if run.trained() is None or not run.has_weights():
+        for name in run.ask:
+            if run.report(name) is not None:  # of weights that are no more; new ones may differ in a bit
+                (run.folder / f"{name}.json").unlink()
         reading = run.read()
         figures = train(reading.recipe, reading.text)
         if "stopped_by" in figures:

@@ -1,6 +1,7 @@
 """Loading models and tokenizers: by Hub name, folder, GGUF file, or alias."""
 
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from functools import partial
@@ -22,6 +23,8 @@ SMOLLM2 = "smollm2"
 PASSKEY = "passkey"
 """Alias of the model in `pretrained/passkey`, which finds pass keys in texts of any length."""
 
+HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+
 
 def load_model(name_or_path: str | PathLike[str], *, dtype: torch.dtype | None = None) -> Any:
     """Load a decoder, with or without memory, on the CPU and in evaluation mode.
@@ -36,7 +39,7 @@ def load_model(name_or_path: str | PathLike[str], *, dtype: torch.dtype | None =
         ValueError: there is no such model, or the package behind an alias is missing (the text holds the pip
             command).
     """
-    place = _resolve(name_or_path)
+    place = _resolve(name_or_path, "model")
     if place.endswith(".gguf"):
         model = _load_gguf(Path(place), dtype)
     elif is_adapter(Path(place)):
@@ -78,7 +81,7 @@ def load_base(
 
 def load_tokenizer(name_or_path: str | PathLike[str]) -> Any:
     """Load the tokenizer that belongs to what `load_model` loads under the same name."""
-    place = _resolve(name_or_path)
+    place = _resolve(name_or_path, "tokenizer")
     if place.endswith(".gguf"):
         return AutoTokenizer.from_pretrained(str(Path(place).parent), gguf_file=Path(place).name)
     try:
@@ -99,12 +102,27 @@ def _load(place: str, dtype: torch.dtype | None) -> Any:
         ) from error
 
 
-def _resolve(name_or_path: str | PathLike[str]) -> str:
+def _resolve(name_or_path: str | PathLike[str], wanted: str) -> str:
     place = os.fspath(name_or_path)
     if place.endswith(".gguf") and not os.path.isfile(place):
         raise ValueError(f"there is no GGUF file {place}; give the path of one")
+    if _is_folder_name(place) and not os.path.exists(place):
+        raise ValueError(f"there is no folder {place}; {_remedy(Path(place), wanted)}")
     aliases = {PASSKEY: _passkey, SMOLLM2: _smollm2}
     return str(aliases[place]()) if place in aliases else place
+
+
+def _is_folder_name(place: str) -> bool:
+    """Whether a name is no Hub name, or lies in out/, where the recipes write."""
+    return HUB_NAME.fullmatch(place) is None or place.startswith("out/")
+
+
+def _remedy(folder: Path, wanted: str) -> str:
+    """How to come by a folder that is not there: models and their tokenizers lie where trainings end."""
+    if folder.name == "model":
+        return f"first run the recipe or study that trains into {folder.parent}, or name another"
+    by = "`infini tokenizer`" if wanted == "tokenizer" else "`infini train` or `infini retrofit`"
+    return f"make it with {by}, or name another"
 
 
 def _load_gguf(path: Path, dtype: torch.dtype | None) -> Any:

@@ -12,7 +12,7 @@ def question_turn(tokenizer: PreTrainedTokenizerBase, question: str, *, first: b
     without what the template puts before a conversation, such as a default system prompt. Without one it is
     "Question: ... Answer:".
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_chat_template(tokenizer):
         return PLAIN.format(question=question)
     turn = {"role": "user", "content": question}
     if first:
@@ -20,6 +20,11 @@ def question_turn(tokenizer: PreTrainedTokenizerBase, question: str, *, first: b
     before = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
     start, whole = _rendered(tokenizer, before, False), _rendered(tokenizer, [*before, turn], True)
     return whole.removeprefix(start) if whole.startswith(start) else _rendered(tokenizer, [turn], True)
+
+
+def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether its model has a form for turns; one without may know nothing of questions."""
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], answering: bool) -> str:

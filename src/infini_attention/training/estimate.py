@@ -14,7 +14,8 @@ from infini_attention.training.throughput import flops_per_token
 
 EFFICIENCY = 0.35  # of a large matrix product's speed; trainings of this kind reach 0.2 to 0.5
 OPTIMIZER_BYTES = {"adafactor": 0.1}  # a parameter, beside Adam's two fp32 moments
-PROBE = 2048, 0.3  # side of the matrix product that is timed, and for how many seconds
+PROBE_SECONDS = 0.3  # for which a matrix product is timed
+PROBE_SIDE, CPU_PROBE_SIDE = 2048, 512  # without bfloat16's instructions a CPU takes 46 s for the former
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,11 @@ def _counting(model: Any) -> Iterator[dict[int, int]]:
 
 def _matmul_speed(args: InfiniTrainingArguments) -> float:
     """Operations a second of a matrix product in the training's precision."""
-    side, seconds = PROBE
+    side = CPU_PROBE_SIDE if args.device.type == "cpu" else PROBE_SIDE
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     x = torch.ones(side, side, dtype=dtype, device=args.device)
     count, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds or count < 2:
+    while time.perf_counter() - started < PROBE_SECONDS or count < 2:
         float((x @ x)[0, 0])  # waits for the device
         count += 1
     return count * 2 * side**3 / (time.perf_counter() - started)
