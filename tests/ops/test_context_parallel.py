@@ -4,6 +4,7 @@ Compared are outputs, states and the gradients of everything that goes in. Gradi
 values come from other ranks' losses too, so they are wrong wherever a backward collective is.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -206,9 +207,9 @@ def _state_loss(state: MemoryState) -> Tensor:
     return sum((x * torch.randn(x.shape, dtype=torch.float64, generator=generator)).sum() for x in sums)
 
 
-def on_ranks(task: Task) -> Result:
+def on_ranks(task: Task, function: Callable[[Task], Result] = on_rank) -> Result:
     """The task on its ranks: outputs side by side, the last rank's state, gradients added up."""
-    results = run_on(len(task.runs), on_rank, task)
+    results = run_on(len(task.runs), function, task)
     output = torch.cat([result.output for result in results], dim=2)
     gradients = {name: sum(result.gradients[name] for result in results) for name in task.tensors}
     return Result(output, results[-1].state, gradients)
@@ -216,7 +217,11 @@ def on_ranks(task: Task) -> Result:
 
 def check(task: Task, *, tolerance: float) -> None:
     """The task gives the same on its ranks as on one process."""
-    actual, expected = on_ranks(task), on_one_process(task)
+    compare(on_ranks(task), on_one_process(task), tolerance=tolerance)
+
+
+def compare(actual: Result, expected: Result, *, tolerance: float) -> None:
+    """Outputs, the last state and all gradients."""
     assert_equal(actual.output, expected.output, tolerance=tolerance)
     assert_states_equal(actual.state, expected.state, tolerance=tolerance)
     _check_gradients(actual, expected, tolerance=tolerance)
@@ -239,6 +244,11 @@ def test_ranks_with_a_run_each_are_one_process(update_rule: str, runs: list[int]
 def test_ranks_are_one_process_in_fp32(update_rule: str) -> None:
     task = make_task(RUNS["uneven-with-a-tail"], update_rule=update_rule).to(torch.float32)
     check(task, tolerance=2e-6)
+
+
+def test_segments_may_be_copied_under_delta() -> None:
+    task = make_task(RUNS["two-ranks"], update_rule="delta", weighted=False)
+    check(replace(task, weights=torch.tensor([[1, 3, 2, 1], [2, 1, 1, 5]])), tolerance=1e-10)
 
 
 @pytest.mark.parametrize("update_rule", RULES)

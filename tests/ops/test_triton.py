@@ -7,6 +7,7 @@ Triton decides when it is imported whether it interprets, so these run in a proc
 import os
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from .cases import (
     scalar,
     state_fields,
 )
+from .test_context_parallel import RUNS, Result, Task, compare, make_task, on_one_process, on_rank, on_ranks
 from .test_parallel import random_fields, state_of
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -221,6 +223,20 @@ def test_what_the_memory_has_nothing_for_reads_as_nothing(update_rule: str, head
         results.append([output, last.memory, *torch.autograd.grad(scalar([output], last), tensors)])
     for actual, wanted in zip(*results, strict=True):
         assert_equal(actual, wanted, tolerance=10 * TOLERANCE)
+
+
+def in_kernels_on_rank(task: Task) -> Result:
+    """A rank's share, where the memories before runs are made by the kernels or not at all."""
+    with mock.patch("infini_attention.ops.context_parallel.write_segments", None):
+        return on_rank(task)
+
+
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+@pytest.mark.parametrize("feature_map", ["exp", "dpfp"])
+def test_processes_share_a_sequence_in_the_kernels(update_rule: str, feature_map: str) -> None:
+    task = make_task(RUNS["a-tail-alone"], update_rule=update_rule, feature_map=feature_map)
+    task = task.to(torch.float32)
+    compare(on_ranks(task, in_kernels_on_rank), on_one_process(task), tolerance=TOLERANCE)
 
 
 def test_torch_compile_sees_one_graph() -> None:

@@ -1,12 +1,14 @@
 """Segment weights: how often a segment counts in memory."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from infini_attention.ops import infini_attention
+from infini_attention.ops import infini, infini_attention
+from infini_attention.ops.parallel import parallel
 
 from .cases import Case, Row, assert_equal, make_case, run
 
@@ -111,6 +113,16 @@ def test_whole_numbers_are_scaled_sums_under_the_linear_rule(backend: str) -> No
     _, whole = run(copies_of(case, [0, 1], [2, 3]), backend=backend)
     _, scaled = run(rebuilt(case, [0, 1], [2, 3]), backend=backend)
     assert_equal(whole.memory, scaled.memory, tolerance=0)
+
+
+def test_the_fused_kernels_refuse_copies_and_auto_goes_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(infini, "obstacle", lambda *settings: None)
+    inputs = SimpleNamespace(
+        query=torch.zeros(1, 1, N, 3), value=torch.zeros(1, 1, N, 3), copies=torch.ones(1)
+    )
+    assert infini._backend("auto", inputs, "sum") is parallel
+    with pytest.raises(ValueError, match="backend is 'triton', but the fused kernels make no copies"):
+        infini._backend("triton", inputs, "sum")
 
 
 @pytest.mark.parametrize(

@@ -2,20 +2,21 @@
 
 All that a rank lacks is the memory that its first token meets, and the few tokens that a short convolution
 looks back at, which `incoming_recent` gets by one more all-gather. What a run of segments does to a memory is
-of fixed size. With the sums A_s, B_s, z_s of `ops.parallel`, and w_s for how often a segment counts:
+of fixed size:
 
-    linear   M <- M + U        U = sum_s w_s B_s
-    delta    M <- M + D M + U  [D | U] of all segments, joined from [-A_s | w_s B_s] of each (`ops.affine`)
-    both     z <- z + sum_s w_s z_s
+    linear   M <- M + U      U is what the run makes of an empty memory
+    delta    M <- T M + U    [U | T] is what it makes of the memory [0 | I], with values [V | 0]
+    both     z <- z + sum of the run's features
 
+So the same write side that makes a memory, in fused kernels where these can run, also tells what a run does.
 Each rank sends this of its run, and folds what the ranks before it sent. That is one all-gather for the
 linear rule, and two for delta, whose A_s needs the z before it. Backward mirrors each with a reduce-scatter.
 Any rank may ask for gradients of an earlier one's keys and values, so every rank takes part in these too:
 graphs have the same shape on all of them, the first included, which needs nothing of the others.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -25,11 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from infini_attention.ops.affine import joined
-from infini_attention.ops.infini import memory_map
-from infini_attention.ops.normalization import denominator
-from infini_attention.ops.options import autocast_type
+from infini_attention.ops.infini import checked_weights, memory_map
+from infini_attention.ops.layout import plan
+from infini_attention.ops.options import Options, autocast_type, copies_in
+from infini_attention.ops.parallel import write_segments
 from infini_attention.ops.state import MemoryState, state_dtype
+from infini_attention.ops.triton.availability import obstacle
 
 
 def incoming_state(
@@ -61,8 +63,7 @@ def incoming_state(
         update_rule: "linear" or "delta".
         feature_map: sigma, a name of `ops.feature_maps`.
         normalization: as in `infini_attention`.
-        segment_weights: (batch, segments of this run): how often each counts in memory; under the delta rule
-            of a floating dtype.
+        segment_weights: (batch, segments of this run): how often each counts in memory.
         state: the tokens before the whole sequences, on the first rank only, with no segment open.
         tokens_before: what the function of that name says; once for all layers that share out the same runs.
         group: the ranks, in the order of their runs.
@@ -71,32 +72,27 @@ def incoming_state(
         MemoryState with no segment open, in fp32 (fp64 where the inputs are).
 
     Raises:
-        ValueError: an update rule, feature map or normalization that `infini_attention` refuses; copies of
-            segments under the delta rule; a state on another rank than the first, or of another kind than the
-            inputs need.
+        ValueError: an update rule, feature map or normalization that `infini_attention` refuses; a state on
+            another rank than the first, or of another kind than the inputs need.
     """
     sigma, rank = memory_map(update_rule, feature_map, normalization), dist.get_rank(group)
-    if update_rule == "delta" and segment_weights is not None and not segment_weights.is_floating_point():
-        raise ValueError(
-            f"segment_weights are {segment_weights.dtype}, copies of segments, which context parallelism "
-            "does not make; give a floating dtype, or train with repeat_form='sums'"
-        )
     start = MemoryState.before(key, value, segment_length=segment_length, feature_map=feature_map)
     if state is not None:
         _check_state(state, start, rank)
         start = state
 
+    options = Options(
+        segment_length=segment_length,
+        update_rule=update_rule,
+        feature_map=sigma,
+        normalization=normalization,
+        empty_memory="local",
+        scale=1.0,
+        softcap=None,
+    )
+    run = _Run(key, value, segment_weights, options)
     with torch.autocast(autocast_type(key.device), enabled=False):
-        keys = sigma(_whole_segments(key, segment_length).to(start.memory.dtype))
-        values = _whole_segments(value, segment_length).to(start.memory.dtype)
-        memory_sums, normalizer_sums = keys.transpose(-1, -2) @ values, keys.sum(dim=3)
-        if segment_weights is not None:
-            weights = segment_weights[:, None, : keys.shape[2], None].to(start.memory)
-            memory_sums, normalizer_sums = memory_sums * weights[..., None], normalizer_sums * weights
-        if update_rule == "delta":
-            memory, normalizer = _delta(keys, memory_sums, normalizer_sums, start, group)
-        else:
-            memory, normalizer = _linear(memory_sums, normalizer_sums, start, group)
+        memory, normalizer = (_delta if update_rule == "delta" else _linear)(run, start, group)
     return replace(start, memory=memory, normalizer=normalizer, length=tokens_before)
 
 
@@ -200,55 +196,80 @@ def _check_whole(lengths: Sequence[int], segment_length: int) -> None:
             )
 
 
-def _whole_segments(x: Tensor, segment_length: int) -> Tensor:
-    """(batch, heads, length, dim) to (batch, heads, segments, N, dim), without an unfinished one."""
-    segments = x.shape[2] // segment_length
-    whole = x[:, :, : segments * segment_length]
-    return whole.reshape(*x.shape[:2], segments, segment_length, x.shape[3])
+@dataclass(frozen=True)
+class _Run:
+    """This rank's tokens, (batch, kv_heads, length, dim), and how often each of their segments counts."""
+
+    key: Tensor
+    value: Tensor
+    weights: Tensor | None
+    options: Options
+
+    def written(self, memory: Tensor, normalizer: Tensor) -> tuple[Tensor, Tensor]:
+        """M and z after the whole segments of the run, which begins with those given."""
+        segment_length = self.options.segment_length
+        whole = self.key.shape[2] // segment_length * segment_length
+        if not whole:
+            none = self.key[:, :, :0].sum() + self.value[:, :, :0].sum()  # keeps them in the graph
+            return memory + none, normalizer + none
+        batch, device = self.key.shape[0], self.key.device
+        layout = plan(batch, whole, segment_length=segment_length, lengths=[0] * batch, device=device)
+        (block,) = layout.whole()
+        key, value = (layout.take(x[:, :, :whole], block) for x in (self.key, self.value))
+        weights = self.weights
+        if weights is not None:
+            weights = checked_weights(weights[:, : layout.columns], layout, memory, self.options.update_rule)
+            weights = layout.take_weights(weights, block)
+        write = self._writer(memory, weights)
+        _, _, memory, normalizer = write(key, value, weights, memory, normalizer, block, self.options)
+        return memory, normalizer
+
+    def _writer(self, memory: Tensor, weights: Tensor | None) -> Callable[..., Any]:
+        """The fused kernels where they can take the run, else torch."""
+        width = max(memory.shape[-2:])
+        plain = weights is None or (copies_in(weights) is None and not weights.requires_grad)
+        if plain and obstacle(self.key.device, self.key.dtype, width, self.options.normalization) is None:
+            from infini_attention.ops.triton import backend
+
+            return backend.write_segments
+        return write_segments
 
 
-def _linear(
-    memory_sums: Tensor, normalizer_sums: Tensor, start: MemoryState, group: "dist.ProcessGroup"
-) -> tuple[Tensor, Tensor]:
+def _linear(run: _Run, start: MemoryState, group: "dist.ProcessGroup") -> tuple[Tensor, Tensor]:
     """M and z before this rank's run, by one all-gather of both."""
-    carried = torch.cat([start.memory, start.normalizer[..., None]], dim=-1)
-    sums = torch.cat([memory_sums, normalizer_sums[..., None]], dim=-1).sum(dim=2)
-    before = _sum_before(carried, sums, group)
+    own = run.written(torch.zeros_like(start.memory), torch.zeros_like(start.normalizer))
+    before = _sum_before(_side_by_side(start.memory, start.normalizer), _side_by_side(*own), group)
     return before[..., :-1].contiguous(), before[..., -1].contiguous()
 
 
-def _delta(
-    keys: Tensor, memory_sums: Tensor, normalizer_sums: Tensor, start: MemoryState, group: "dist.ProcessGroup"
-) -> tuple[Tensor, Tensor]:
-    """M and z before this rank's run; `keys` are features, (batch, kv_heads, segments, N, feature_dim)."""
-    normalizer = _sum_before(start.normalizer, normalizer_sums.sum(dim=2), group)
-    before_z = torch.cat([normalizer[:, :, None], normalizer_sums], dim=2).cumsum(dim=2)[:, :, :-1]
-    removal = keys.transpose(-1, -2) @ (keys / denominator(keys, before_z))  # A_s
-    D, U = _all_joined(removal, memory_sums).tensor_split([keys.shape[-1]], dim=-1)
+def _side_by_side(memory: Tensor, normalizer: Tensor) -> Tensor:
+    return torch.cat([memory, normalizer[..., None]], dim=-1)
+
+
+def _delta(run: _Run, start: MemoryState, group: "dist.ProcessGroup") -> tuple[Tensor, Tensor]:
+    """M and z before this rank's run."""
+    normalizer = _sum_before(start.normalizer, _features_of(run, start.normalizer), group)
+    feature_dim, value_dim = start.memory.shape[-2:]
+    one = torch.eye(feature_dim, device=normalizer.device, dtype=normalizer.dtype)
+    through = F.pad(one, (value_dim, 0)).expand(*normalizer.shape[:2], -1, -1)  # [0 | I]
+    padded = replace(run, value=F.pad(run.value, (0, feature_dim)))  # [V | 0]
+    U, T = padded.written(through, normalizer)[0].tensor_split([value_dim], dim=-1)
+    D = T - one
     # The last part has no columns. It ties the two gathers together where a run has no whole segment, so that
     # both are in every rank's backward.
     X = torch.cat([D, start.memory + D @ start.memory + U, normalizer[..., None][..., :0]], dim=-1)
 
     gathered = _gather(X, group)
-    memory = start.memory + gathered[:0, ..., keys.shape[-1] :].sum(
-        dim=0
-    )  # the first rank's part in the graph
-    for D, U in (pair.tensor_split([keys.shape[-1]], dim=-1) for pair in gathered[: dist.get_rank(group)]):
+    memory = start.memory + gathered[:0, ..., feature_dim:].sum(dim=0)  # the first rank's part in the graph
+    for D, U in (pair.tensor_split([feature_dim], dim=-1) for pair in gathered[: dist.get_rank(group)]):
         memory = memory + D @ memory + U
     return memory, normalizer
 
 
-def _all_joined(removal: Tensor, added: Tensor) -> Tensor:
-    """[D | U] of all segments, (batch, kv_heads, feature_dim, feature_dim + value_dim); 0 of none.
-
-    By neighbours, so that S segments take log2(S) steps.
-    """
-    X = torch.cat([-removal, added], dim=-1)
-    X = F.pad(X, (0, 0, 0, 0, 0, 1)) if X.shape[2] == 0 else X
-    while X.shape[2] > 1:
-        even = X.shape[2] // 2 * 2
-        X = torch.cat([joined(X[:, :, :even:2], X[:, :, 1:even:2]), X[:, :, even:]], dim=2)
-    return X[:, :, 0]
+def _features_of(run: _Run, normalizer: Tensor) -> Tensor:
+    """What a run adds to z, (batch, kv_heads, feature_dim); the memory beside it is of one column."""
+    column = replace(run, value=run.value[..., :1], options=replace(run.options, update_rule="linear"))
+    return column.written(torch.zeros_like(normalizer)[..., None], torch.zeros_like(normalizer))[1]
 
 
 def _sum_before(carried: Tensor, own: Tensor, group: "dist.ProcessGroup") -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from infini_attention.ops import feature_maps
-from infini_attention.ops.affine import MOST_COPIES
+from infini_attention.ops.copies import MOST_COPIES
 from infini_attention.ops.layout import Layout, plan
 from infini_attention.ops.local import context_tokens
 from infini_attention.ops.normalization import normalized
@@ -91,7 +91,7 @@ def infini_attention(
         segment_weights: (rows, segments): how often each segment touched by this call counts in memory
             (for training). Under the delta rule their dtype decides: with a floating one, what a segment adds
             counts so often, what it takes out once; with an integer one, whole segments stand there so often
-            in a row, at least once each. See `ops.affine.copied`.
+            in a row, at least once each. See `ops.copies.copied`.
         scale: of local scores; default head_dim ** -0.5.
         softcap: bounds local scores to softcap * tanh(score / softcap); default none.
         backend: "reference", "parallel", or "auto", the fastest that is right on the inputs' device.
@@ -157,7 +157,7 @@ def infini_attention(
         cu_seqlens=cu_seqlens,
     )
     if segment_weights is not None:
-        segment_weights = _checked_weights(segment_weights, layout, state, update_rule)
+        segment_weights = checked_weights(segment_weights, layout, state.memory, update_rule)
     options = Options(
         segment_length=segment_length,
         update_rule=update_rule,
@@ -387,7 +387,11 @@ def _without_padding(x: Tensor, padding_mask: Tensor | None) -> Tensor:
     return x if padding_mask is None else x.masked_fill(~padding_mask[:, None, :, None], 0)
 
 
-def _checked_weights(weights: Tensor, layout: Layout, state: MemoryState, update_rule: str) -> Tensor:
+def checked_weights(weights: Tensor, layout: Layout, memory: Tensor, update_rule: str) -> Tensor:
+    """Segment weights in the dtype of `memory` and on its device; copies under the delta rule stay int64.
+
+    Raises ValueError for a wrong shape, and for numbers that cannot be right.
+    """
     expected = (layout.rows, layout.columns)
     if weights.shape != expected:
         raise ValueError(
@@ -395,8 +399,8 @@ def _checked_weights(weights: Tensor, layout: Layout, state: MemoryState, update
             f"this call touches (rows, segments) = {expected}"
         )
     if update_rule == "delta" and not weights.is_floating_point():
-        return _checked_copies(weights.to(state.memory.device, torch.int64), layout)
-    weights = weights.to(state.memory.device, state.memory.dtype)
+        return _checked_copies(weights.to(memory.device, torch.int64), layout)
+    weights = weights.to(memory.device, memory.dtype)
     if not capturing(weights) and not bool(((weights >= 0) & torch.isfinite(weights)).all()):
         raise ValueError(
             f"segment_weights has minimum {weights.min().item()}; weights are finite and at least 0"

@@ -48,9 +48,8 @@ class Inputs:
 
     @property
     def copies(self) -> Tensor | None:
-        """The segment weights where they are copies, which the delta rule tells from scaled sums."""
-        weights = self.segment_weights
-        return None if weights is None or weights.is_floating_point() else weights
+        """The segment weights where they are copies."""
+        return copies_in(self.segment_weights)
 
     def map(self, function: Callable[[Tensor], Tensor], segment_weights: Tensor | None) -> "Inputs":
         """`function` of every tensor of tokens, with other segment weights."""
@@ -71,6 +70,11 @@ class Inputs:
         tensors += [] if self.context_key is None else [self.context_key]
         tensors += state.tensors().values()
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def copies_in(weights: Tensor | None) -> Tensor | None:
+    """The weights where they are copies of segments, and None where they scale sums or there are none."""
+    return None if weights is None or weights.is_floating_point() else weights
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -15,12 +15,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from infini_attention.ops.affine import copied
 from infini_attention.ops.context import attend_in_segments, delayed, next_context
+from infini_attention.ops.copies import copied
 from infini_attention.ops.layout import Layout, Output, Stretches, Whole
 from infini_attention.ops.local import continued, local_attention
 from infini_attention.ops.normalization import denominator, read
-from infini_attention.ops.options import Inputs, Options
+from infini_attention.ops.options import Inputs, Options, copies_in
 from infini_attention.ops.scan import Runs, scan
 from infini_attention.ops.state import MemoryState, is_empty
 
@@ -72,18 +72,41 @@ def _whole_segments(
     inputs: Inputs, block: Whole, state: MemoryState, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """Segments that are complete, of rows that have none open."""
-    keys, values = _features(inputs.key, state, options), inputs.value.to(state.memory.dtype)
+    before_M, before_z, memory, normalizer = write_segments(
+        inputs.key, inputs.value, inputs.segment_weights, state.memory, state.normalizer, block, options
+    )
+    local, state = attend_in_segments(inputs, block, state, options)
+    before_M, before_z, state = delayed(before_M, before_z, block, state)
+    output = _mix(inputs, local, before_M, before_z, options)
+    return output, state.after_whole_segments(memory, normalizer, block.segments)
 
-    normalizer_sums = _weighted(keys.sum(dim=2), inputs)
-    before_z, normalizer = scan(state.normalizer, block, lambda z, runs: z + normalizer_sums[runs])
 
-    memory_sums = keys.transpose(-1, -2) @ values
-    if inputs.copies is None:
-        memory_sums = _weighted(memory_sums, inputs)
+def write_segments(
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor | None,
+    memory: Tensor,
+    normalizer: Tensor,
+    block: Whole,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The write side, (8) and (9), of whole segments: M and z before each, and after each row's last one.
+
+    `key` and `value` are (runs, kv_heads, N, dim), `weights` (runs,), None, or int64 where they are copies;
+    `memory` and `normalizer` the state before each row's first segment, (rows, kv_heads, ...).
+    """
+    keys, values = _features(key, memory, options), value.to(memory.dtype)
+
+    normalizer_sums = _weighted(keys.sum(dim=2), weights)
+    before_z, normalizer = scan(normalizer, block, lambda z, runs: z + normalizer_sums[runs])
+
+    memory_sums, copies = keys.transpose(-1, -2) @ values, copies_in(weights)
+    if copies is None:
+        memory_sums = _weighted(memory_sums, weights)
     if options.update_rule == "delta":
         removal = keys.transpose(-1, -2) @ (keys / denominator(keys, before_z))  # A_s
-        if inputs.copies is not None:
-            removal, memory_sums = copied(keys, removal, memory_sums, before_z, inputs.copies)
+        if copies is not None:
+            removal, memory_sums = copied(keys, removal, memory_sums, before_z, copies)
 
         def step(M: Tensor, runs: Runs) -> Tensor:
             return M - removal[runs] @ M + memory_sums[runs]
@@ -92,19 +115,15 @@ def _whole_segments(
         def step(M: Tensor, runs: Runs) -> Tensor:
             return M + memory_sums[runs]
 
-    before_M, memory = scan(state.memory, block, step)
-
-    local, state = attend_in_segments(inputs, block, state, options)
-    before_M, before_z, state = delayed(before_M, before_z, block, state)
-    output = _mix(inputs, local, before_M, before_z, options)
-    return output, state.after_whole_segments(memory, normalizer, block.segments)
+    before_M, memory = scan(memory, block, step)
+    return before_M, before_z, memory, normalizer
 
 
 def _open_segment(
     inputs: Inputs, part: Stretches, state: MemoryState, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """One run a row, inside the row's open segment; segments that become whole are added to memory."""
-    keys, values = _features(inputs.key, state, options), inputs.value.to(state.memory.dtype)
+    keys, values = _features(inputs.key, state.memory, options), inputs.value.to(state.memory.dtype)
     if not part.alike:
         valid = part.valid(inputs.query.device)[:, None, :, None]
         keys, values = torch.where(valid, keys, 0), torch.where(valid, values, 0)
@@ -114,13 +133,13 @@ def _open_segment(
     local = _attend_in_open_segment(inputs.local_query, local_keys, local_values, part, state, options)
     output = _mix(inputs, local, *state.readable, options)
 
-    new_values = _weighted(values, inputs)
+    new_values = _weighted(values, inputs.segment_weights)
     if options.update_rule == "delta":
         new_values = new_values - read(keys, state.memory, state.normalizer, options.normalization)
     pending = replace(
         state,
         pending_memory=state.pending_memory + keys.transpose(-1, -2) @ new_values,
-        pending_normalizer=state.pending_normalizer + _weighted(keys.sum(dim=2), inputs),
+        pending_normalizer=state.pending_normalizer + _weighted(keys.sum(dim=2), inputs.segment_weights),
         local_key=local_keys,
         local_value=local_values,
         length=state.length + torch.tensor(part.counts),
@@ -252,14 +271,13 @@ def _gather(x: Tensor, places: Tensor) -> Tensor:
     return torch.where(places < 0, 0, x.gather(2, index))
 
 
-def _weighted(x: Tensor, inputs: Inputs) -> Tensor:
+def _weighted(x: Tensor, weights: Tensor | None) -> Tensor:
     """`x` (runs, ...) times how often each run's segment counts."""
-    weights = inputs.segment_weights
     return x if weights is None else x * weights.view(-1, *[1] * (x.dim() - 1))
 
 
-def _features(x: Tensor, state: MemoryState, options: Options) -> Tensor:
-    return options.feature_map(x.to(state.memory.dtype))
+def _features(x: Tensor, memory: Tensor, options: Options) -> Tensor:
+    return options.feature_map(x.to(memory.dtype))
 
 
 def _mix(inputs: Inputs, local: Tensor, memory: Tensor, normalizer: Tensor, options: Options) -> Tensor:

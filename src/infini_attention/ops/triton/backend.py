@@ -25,11 +25,27 @@ def fused(inputs: Inputs, layout: Layout, state: MemoryState, options: Options) 
     return walk(inputs, layout, state, options, whole_segments, None)
 
 
+def write_segments(
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor | None,
+    memory: Tensor,
+    normalizer: Tensor,
+    block: Whole,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `parallel.write_segments` says, without copies."""
+    (key,), name = _fusible(key, options=options)
+    state, delta = (memory.contiguous(), normalizer.contiguous()), options.update_rule == "delta"
+    _, *states = SegmentStates.apply(key, _strided(value), weights, *state, block.segments, name, delta)
+    return tuple(states)
+
+
 def _trained_segments(
     inputs: Inputs, block: Whole, state: MemoryState, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """Whole segments with gradients."""
-    query, key, name = _fusible(inputs, options)
+    (query, key), name = _fusible(inputs.query, inputs.key, options=options)
     value, before_memory, before_normalizer, memory, normalizer = SegmentStates.apply(
         key,
         _strided(inputs.value),
@@ -51,7 +67,7 @@ def _inferred_segments(
     inputs: Inputs, block: Whole, state: MemoryState, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """Whole segments without gradients: the mixture takes the place of local attention's output."""
-    query, key, name = _fusible(inputs, options)
+    (query, key), name = _fusible(inputs.query, inputs.key, options=options)
     before_memory, before_normalizer, memory, normalizer, *_ = segment_states(
         key,
         _strided(inputs.value),
@@ -74,13 +90,13 @@ def _inferred_segments(
     return output, state.after_whole_segments(memory, normalizer, block.segments)
 
 
-def _fusible(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, str]:
-    """Queries, keys and the map that the kernels apply to them."""
-    query, key, name = inputs.query, inputs.key, options.feature_map.name
-    if name not in FUSED_MAPS:  # a map that widens, or one registered by the user
-        query, key = (options.feature_map(x.float()).to(x.dtype) for x in (query, key))
-        name = "identity"
-    return _strided(query), _strided(key), name
+def _fusible(*tensors: Tensor, options: Options) -> tuple[list[Tensor], str]:
+    """Queries or keys, and the map that the kernels apply to them."""
+    name = options.feature_map.name
+    if name in FUSED_MAPS:
+        return [_strided(x) for x in tensors], name
+    # A map that widens, or one registered by the user.
+    return [_strided(options.feature_map(x.float()).to(x.dtype)) for x in tensors], "identity"
 
 
 def _strided(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""What whole segments do to a memory under the delta rule: M -> M + D M + U, kept as one tensor [D | U].
+"""Segments that stand many times in a row, under the delta rule: powers of what one does to a memory.
 
-D is T - I of the map M -> T M + U, as T itself would round what is small. Maps are joined by
+That is M -> T M + U, kept as one tensor [D | U] with D = T - I, as T itself would round what is small. Maps
+are joined by
 
     [D | U] = [D_1 | U_1] + [D_2 | U_2] + D_2 [D_1 | U_1]     first 1, then 2
 """
@@ -14,6 +15,8 @@ from infini_attention.ops.options import capturing
 
 MOST_COPIES = 1 << 30
 """Of a segment; a float32 tells no more than every 64th number there."""
+COPIED_AT_ONCE = 64
+"""Runs whose doublings are alive at a time, some 50 matrices [D | U] in fp64 each."""
 
 
 def joined(first: Tensor, second: Tensor) -> Tensor:
@@ -51,14 +54,19 @@ def copied(
         before: z of before each run, (runs, kv_heads, feature_dim).
         copies: (runs,) int64, from 1 to MOST_COPIES.
     """
-    if torch.is_grad_enabled():  # what the doublings keep is many times what goes in
-        both = checkpoint(
-            _copied, keys, removal, added, before, copies, use_reentrant=False, preserve_rng_state=False
-        )
-    else:
-        both = _copied(keys, removal, added, before, copies)
+    tensors = [keys, removal, added, before, copies]
+    parts = zip(*(torch.split(x, COPIED_AT_ONCE) for x in tensors), strict=True)
+    both = torch.cat([_without_doublings(*part) for part in parts])
     D, U = both.tensor_split([keys.shape[-1]], dim=-1)
     return -D, U
+
+
+def _without_doublings(*part: Tensor) -> Tensor:
+    """`_copied`, of which only what goes in is kept for the gradient: doublings keep many times that."""
+    if not torch.is_grad_enabled():
+        return _copied(*part)
+    both: Tensor = checkpoint(_copied, *part, use_reentrant=False, preserve_rng_state=False)
+    return both
 
 
 def _copied(keys: Tensor, removal: Tensor, added: Tensor, before: Tensor, copies: Tensor) -> Tensor:
