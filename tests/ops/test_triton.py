@@ -239,6 +239,12 @@ def test_processes_share_a_sequence_in_the_kernels(update_rule: str, feature_map
     compare(on_ranks(task, in_kernels_on_rank), on_one_process(task), tolerance=TOLERANCE)
 
 
+def test_processes_copy_segments_without_the_kernels() -> None:
+    task = make_task(RUNS["two-ranks"], update_rule="delta", weighted=False).to(torch.float32)
+    task = replace(task, weights=torch.tensor([[1, 3, 2, 1], [2, 1, 1, 5]]))
+    compare(on_ranks(task), on_one_process(task), tolerance=TOLERANCE)
+
+
 def test_torch_compile_sees_one_graph() -> None:
     case = make_case([64], head_dim=16, value_dim=16, segment_length=16, update_rule="delta").to(
         torch.float32

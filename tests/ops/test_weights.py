@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from infini_attention.ops import infini, infini_attention
+from infini_attention.ops import copies, infini, infini_attention
 from infini_attention.ops.parallel import parallel
 
-from .cases import Case, Row, assert_equal, make_case, run
+from .cases import LAYOUTS, Case, Row, assert_equal, assert_states_equal, make_case, run
 
 N = 4
+DELTA = {"segment_length": N, "update_rule": "delta"}
 
 
 def rebuilt(case: Case, segments: list[int], weights: list[float] | None = None) -> Case:
@@ -55,10 +56,10 @@ def test_under_delta_a_segment_is_added_by_weight_and_takes_out_once(backend: st
     assert_equal(both.normalizer[0], first.normalizer[0] + 5 * features.sum(dim=1), tolerance=1e-12)
 
 
-def copies_of(case: Case, segments: list[int], copies: list[int]) -> Case:
+def copies_of(case: Case, segments: list[int], counts: list[int]) -> Case:
     """The case's only row as the given of its segments, which stand there so often."""
     row = rebuilt(case, segments).rows[0]
-    return replace(case, rows=[replace(row, weights=torch.tensor(copies))])
+    return replace(case, rows=[replace(row, weights=torch.tensor(counts))])
 
 
 def test_copies_under_delta_go_on_from_what_the_first_of_them_left(backend: str) -> None:
@@ -96,14 +97,29 @@ def test_a_billion_copies_bring_back_what_they_said_and_leave_the_rest() -> None
     assert torch.isfinite(state.memory).all()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_copies_are_those_of_the_reference_in_every_layout(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "COPIED_AT_ONCE", 2)
+    case = make_case([2 * N, 3 * N, N], segment_length=N, update_rule="delta", value_dim=3)
+    counts = [torch.tensor(each) for each in ([2, 1], [1, 4, 3], [5])]
+    case = replace(case, rows=[replace(row, weights=w) for row, w in zip(case.rows, counts, strict=True)])
+    results = [run(case, backend=backend, layouts=[layout]) for backend in ("parallel", "reference")]
+    (outputs, state), (expected, expected_state) = results
+    for actual, wanted in zip(outputs, expected, strict=True):
+        assert_equal(actual, wanted, tolerance=1e-12)
+    assert_states_equal(state, expected_state, tolerance=1e-12)
+
+
 def test_gradients_flow_through_copies() -> None:
     torch.manual_seed(0)
     key, value = torch.randn(2, 1, 1, 2 * N, 3, dtype=torch.float64).unbind()
     query, gate = torch.randn(1, 1, 2 * N, 3, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    settings = {"segment_length": N, "update_rule": "delta", "segment_weights": torch.tensor([[1, 5]])}
+    weights = torch.tensor([[1, 5]])
 
     def memory(*tensors: Tensor) -> Tensor:
-        return infini_attention(query, *tensors, gate, **settings)[1].memory
+        return infini_attention(query, *tensors, gate, segment_weights=weights, **DELTA)[1].memory
 
     assert torch.autograd.gradcheck(memory, (key.requires_grad_(), value.requires_grad_()))
 
@@ -126,20 +142,29 @@ def test_the_fused_kernels_refuse_copies_and_auto_goes_without_them(monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("length", "copies", "message"),
+    ("length", "counts", "message"),
     [
         (2 * N - 1, [1, 1], "give whole segments"),
         (2 * N, [0, 1], "at least 1"),
         (2 * N, [1, 2**31], "at most"),
     ],
 )
-def test_copies_that_cannot_be_made_are_refused(length: int, copies: list[int], message: str) -> None:
+def test_copies_that_cannot_be_made_are_refused(length: int, counts: list[int], message: str) -> None:
     tensors = torch.randn(3, 1, 1, length, 3)
     with pytest.raises(ValueError, match=message):
-        infini_attention(
-            *tensors,
-            torch.zeros(1),
-            segment_length=N,
-            update_rule="delta",
-            segment_weights=torch.tensor([copies]),
-        )
+        infini_attention(*tensors, torch.zeros(1), segment_weights=torch.tensor([counts]), **DELTA)
+
+
+def test_copies_of_a_segment_that_an_earlier_call_opened_are_refused() -> None:
+    tensors = torch.randn(3, 1, 1, N, 3)
+    _, state = infini_attention(*tensors[..., :1, :], torch.zeros(1), **DELTA)
+    with pytest.raises(ValueError, match="a segment is not whole in this call"):
+        weights = torch.tensor([[2]])
+        infini_attention(*tensors[..., 1:, :], torch.zeros(1), state=state, segment_weights=weights, **DELTA)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64])
+def test_weights_that_are_no_counts_are_refused(dtype: torch.dtype) -> None:
+    tensors = torch.randn(3, 1, 1, N, 3)
+    with pytest.raises(ValueError, match=f"segment_weights are {dtype}; give how often"):
+        infini_attention(*tensors, torch.zeros(1), segment_weights=torch.ones(1, 1, dtype=dtype), **DELTA)

@@ -147,6 +147,11 @@ def test_segments_are_copied_a_whole_number_of_times_where_that_is_the_form(
     assert not torch.equal(losses["sums"], losses["copies"])
     with pytest.raises(ValueError, match="repeat_form is 'power'; choose one of 'sums', 'copies'"):
         make_trainer(repeat_form="power")
+    with pytest.raises(ValueError, match=r"repeat_ceiling is 1e\+12, and repeat_form 'copies'"):
+        make_trainer(repeat_form="copies", repeat_ceiling=1e12)
+    ragged = {name: torch.stack([row[name] for row in rows(2, 43)]) for name in ("input_ids", "labels")}
+    with pytest.raises(ValueError, match="inputs of 43 tokens are no whole segments of 8, as copies are"):
+        trainer.get_batch_samples(iter([ragged]), 1, torch.device("cpu"))
 
 
 def test_a_loss_that_is_no_number_stops_the_training(

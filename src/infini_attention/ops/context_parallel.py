@@ -63,7 +63,8 @@ def incoming_state(
         update_rule: "linear" or "delta".
         feature_map: sigma, a name of `ops.feature_maps`.
         normalization: as in `infini_attention`.
-        segment_weights: (batch, segments of this run): how often each counts in memory.
+        segment_weights: (batch, segments of this run): how often each counts in memory. Each rank checks its
+            own before it meets the others.
         state: the tokens before the whole sequences, on the first rank only, with no segment open.
         tokens_before: what the function of that name says; once for all layers that share out the same runs.
         group: the ranks, in the order of their runs.
@@ -72,8 +73,8 @@ def incoming_state(
         MemoryState with no segment open, in fp32 (fp64 where the inputs are).
 
     Raises:
-        ValueError: an update rule, feature map or normalization that `infini_attention` refuses; a state on
-            another rank than the first, or of another kind than the inputs need.
+        ValueError: an update rule, feature map, normalization or segment weights that `infini_attention`
+            refuses; a state on another rank than the first, or of another kind than the inputs need.
     """
     sigma, rank = memory_map(update_rule, feature_map, normalization), dist.get_rank(group)
     start = MemoryState.before(key, value, segment_length=segment_length, feature_map=feature_map)

@@ -43,7 +43,7 @@ def copied(
 
     The first copy is (9) as ever. The others go on from its z, and keep it: z + z_s in place of z + k z_s, as
     the map is the same then for all, and its powers come by doubling. With the z of before, which a new
-    segment is not in, these would diverge; with z + z_s, A_s has its eigenvalues from 0 to 1.
+    segment is not in, these could diverge; with z + z_s, A_s has its eigenvalues from 0 to 1.
 
     In fp64, whose rounding a billion copies do not bring to the surface.
 

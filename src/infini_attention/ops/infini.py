@@ -398,6 +398,11 @@ def checked_weights(weights: Tensor, layout: Layout, memory: Tensor, update_rule
             f"segment_weights has shape {tuple(weights.shape)}; "
             f"this call touches (rows, segments) = {expected}"
         )
+    if weights.dtype == torch.bool or weights.is_complex():
+        raise ValueError(
+            f"segment_weights are {weights.dtype}; give how often each segment counts, in a floating or an "
+            "integer dtype"
+        )
     if update_rule == "delta" and not weights.is_floating_point():
         return _checked_copies(weights.to(memory.device, torch.int64), layout)
     weights = weights.to(memory.device, memory.dtype)
@@ -414,9 +419,13 @@ def _checked_copies(copies: Tensor, layout: Layout) -> Tensor:
             "segment_weights are whole numbers, copies of segments under the delta rule, and a segment is "
             "not whole in this call; give whole segments, or weights of a floating dtype"
         )
-    if not capturing(copies) and not bool(((copies >= 1) & (copies <= MOST_COPIES)).all()):
+    if capturing(copies):
+        return copies
+    touched = torch.arange(layout.columns) < torch.tensor(layout.segments)[:, None]
+    made = copies[touched.to(copies.device)]
+    if not bool(((made >= 1) & (made <= MOST_COPIES)).all()):
         raise ValueError(
-            f"segment_weights are from {copies.min().item()} to {copies.max().item()}; copies of a segment "
+            f"segment_weights are from {made.min().item()} to {made.max().item()}; copies of a segment "
             f"are at least 1 and at most {MOST_COPIES:,}"
         )
     return copies

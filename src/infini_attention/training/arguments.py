@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from infini_attention.ops.copies import MOST_COPIES
 from infini_attention.ops.options import check_choice
 
 REPEAT_FORMS = ("sums", "copies")
@@ -21,7 +22,7 @@ class InfiniTrainingArguments(TrainingArguments):
             `segments.repeated_segments`.
         repeat_form: what repeating is under the delta rule: "sums", what a segment adds counts so often and
             what it takes out once; or "copies", it stands there so often in a row, a whole number of times,
-            which the fused kernels do not have. See `ops.infini_attention`, segment_weights.
+            for inputs of whole segments; the fused kernels do not have them. See `ops.copies`.
         repeat_start_step: before it no segment repeats.
         repeat_warmup_steps: from there the ceiling grows from 1, by the same factor every step, over so many.
         least_segments: inputs are cut to a random number of whole segments from here up; None for never.
@@ -94,6 +95,11 @@ class InfiniTrainingArguments(TrainingArguments):
         if not self.repeat_ceiling >= 1:
             raise ValueError(f"repeat_ceiling is {self.repeat_ceiling}; give at least 1, which is never")
         check_choice("repeat_form", self.repeat_form, REPEAT_FORMS)
+        if self.repeat_form == "copies" and self.repeat_ceiling > MOST_COPIES:
+            raise ValueError(
+                f"repeat_ceiling is {self.repeat_ceiling:g}, and repeat_form 'copies' makes at most "
+                f"{MOST_COPIES:,} of a segment; lower the ceiling, or choose 'sums'"
+            )
         if self.curriculum_steps and self.least_segments is None:
             raise ValueError(
                 f"curriculum_steps is {self.curriculum_steps}, and there is nothing to begin with; "

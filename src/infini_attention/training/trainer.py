@@ -329,7 +329,13 @@ class InfiniTrainer(Trainer):
             weights = repeated_segments(len(counts), segments, ceiling, generator=self._random)
             if repeatable is not None:
                 weights = weights.to(repeatable.device).where(repeatable[:, -segments:], 1.0)
-            inputs["segment_weights"] = weights.long() if args.repeat_form == "copies" else weights
+            copies = args.repeat_form == "copies" and self._config.update_rule == "delta"
+            if copies and any(count % size for count in counts):
+                raise ValueError(
+                    f"repeat_form is 'copies', and inputs of {max(counts)} tokens are no whole segments of "
+                    f"{size}, as copies are; choose a multiple, or repeat_form='sums'"
+                )
+            inputs["segment_weights"] = weights.long() if copies else weights
         if args.cuda_graphs and documents is not None:
             raise ValueError(
                 "cuda_graphs is set and documents are packed, each batch in its own way; leave one out"

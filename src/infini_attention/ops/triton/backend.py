@@ -7,7 +7,7 @@ from torch import Tensor
 
 from infini_attention.ops.context import attend_in_segments, delayed
 from infini_attention.ops.layout import Layout, Whole
-from infini_attention.ops.options import Inputs, Options
+from infini_attention.ops.options import Inputs, Options, copies_in
 from infini_attention.ops.parallel import walk
 from infini_attention.ops.state import MemoryState
 from infini_attention.ops.triton.memory import FUSED_MAPS, Mix, SegmentStates, mix, mix_into, segment_states
@@ -35,6 +35,7 @@ def write_segments(
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `parallel.write_segments` says, without copies."""
+    assert copies_in(weights) is None
     (key,), name = _fusible(key, options=options)
     state, delta = (memory.contiguous(), normalizer.contiguous()), options.update_rule == "delta"
     _, *states = SegmentStates.apply(key, _strided(value), weights, *state, block.segments, name, delta)
