@@ -142,6 +142,19 @@ def test_outputs_states_and_gradients_are_right(
 
 
 @pytest.mark.parametrize("update_rule", RULES)
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 1), (64, 128), (128, 256)])
+def test_values_may_be_narrower_or_wider_than_keys(
+    head_dim: int, value_dim: int, update_rule: str, poisoned: None
+) -> None:
+    """As context parallelism has them, which asks what a run of segments does to a memory."""
+    tensors = inputs(640, head_dim=head_dim)
+    tensors["value"] = inputs(640, head_dim=value_dim, seed=1)["value"]
+    settings = {"segment_length": 160, "update_rule": update_rule, "feature_map": "elu1"}
+    ours = results(infini_attention, tensors, backend="triton", **settings)
+    assert_calibrated(ours, results(plain, tensors, **settings), truth(tensors, **settings))
+
+
+@pytest.mark.parametrize("update_rule", RULES)
 @pytest.mark.parametrize("feature_map", ["exp", "relu2", "softplus", "dpfp"])
 def test_every_feature_map_is_right(feature_map: str, update_rule: str) -> None:
     tensors = inputs(512)
