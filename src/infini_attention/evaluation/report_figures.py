@@ -338,7 +338,8 @@ def _benchmark(found: dict[str, Any]) -> Iterator[Drawing]:
 def _harness(found: dict[str, Any]) -> Iterator[Drawing]:
     setting = found["setting"]
     control = ", memory reset" if setting["memory_reset"] else ""
-    title = f"{setting['model']}, {setting['system']}{control}, by lm-eval {found['lm_eval']}"
+    read = f"segments of {setting['segment_length']:,}, {setting['dtype']}{control}"
+    title = f"{setting['model']}, {setting['system']}, {read}, by lm-eval {found['lm_eval']}"
     return _as_they_are(title, found["figures"])
 
 
