@@ -87,6 +87,20 @@ def test_the_model_in_the_package_finds_keys_as_was_published(capsys: Printed) -
     assert len(rows[0]) == 2 and rows[0] == rows[1]  # by depth, and over all depths
 
 
+@pytest.mark.skipif(
+    find_spec("lm_eval") is None, reason="needs lm-eval: pip install 'infini-attention[harness]'"
+)
+def test_pass_keys_are_found_through_lm_eval_as_was_published(capsys: Printed) -> None:
+    published = (RESULTS / "2026-11-26-cpu-harness.txt").read_text()
+    asked = ["--model", "passkey", "--tasks", "infini_passkey_1024", "--limit", "22", "--device", "cpu"]
+    for control in ([], ["--memory_reset", "true"]):
+        main(["eval", *asked, *control])
+    found = capsys.readouterr().out
+    rows = [re.findall(r"^infini_passkey_1024 .*[\d.]+", text, re.MULTILINE) for text in (found, published)]
+    assert len(rows[0]) == 2
+    assert [row.split() for row in rows[0]] == [row.split() for row in rows[1]]
+
+
 def bindings_of(text: str) -> Figures:
     """What the tables of `infini bindings` say."""
     figures: Figures = {}

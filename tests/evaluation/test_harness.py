@@ -102,6 +102,41 @@ def test_the_control_is_said_and_refused_where_there_is_no_memory(
     assert "which has no memory to reset" in error
 
 
+@pytest.mark.parametrize("task", ["infini_passkey_1024", "infini_babi_0k::qa1"])
+def test_what_is_generated_goes_on_from_the_documents_own_prompts(
+    capsys: pytest.CaptureFixture[str], chosen: list[Any], monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    from infini_attention.evaluation.lm_eval_model import InfiniLM
+
+    def answered(model: InfiniLM, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        assert all(request.args[0].endswith(request.doc["prompt"]) for request in requests)
+        return [f" {request.doc['answer']}" for request in requests]
+
+    monkeypatch.setattr(InfiniLM, "generate_until", answered)
+    _, shown, _ = run(capsys, "--tasks", task, "--limit", 3, "--json", *chosen)
+    assert [figure["value"] for figure in json.loads(shown)["figures"]] == [1.0]
+
+
+def test_the_table_says_which_system_was_asked(capsys: pytest.CaptureFixture[str], chosen: list[Any]) -> None:
+    chosen[-2:] = ["--window", 64, "--sinks", 4]
+    _, shown, _ = run(capsys, "--tasks", "infini_bindings", "--limit", 1, *chosen)
+    assert "attention sinks, 4 of 64 (sliding_window_llama), segments of 64; " in " ".join(shown.split())
+
+
+def test_nothing_is_said_of_others_options_or_of_no_checkout(
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    chosen: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run(capfd, "--tasks", "infini_bindings", "--limit", 1, *chosen)
+    assert code == 0
+    assert "git" not in error  # which lm-eval asks for the commit of the folder that it runs in
+    assert "--metadata" not in caplog.text + error  # an option of lm-eval's command
+
+
 def test_a_folder_of_more_tasks_is_included(
     capsys: pytest.CaptureFixture[str], chosen: list[Any], tmp_path: Path
 ) -> None:

@@ -435,6 +435,27 @@ def test_rows_of_a_benchmark_are_a_table_for_each_of_its_parts() -> None:
     assert texts(second) == [["1,000", "0.5", "-", "-"], ["8,192", "0.25", "-", "once"]]
 
 
+def test_tasks_of_lm_eval_are_drawn_under_the_system_that_was_asked() -> None:
+    found = {
+        "setting": {
+            "model": "a",
+            "system": "Infini linear",
+            "segment_length": 2048,
+            "dtype": "bfloat16",
+            "memory_reset": True,
+        },
+        "lm_eval": "0.4.13",
+        "figures": [{"task": "b", "value": 0.25, "stderr": None}],
+    }
+    [drawing] = drawings("", [found])
+    assert drawing.title == "a, Infini linear, segments of 2,048, bfloat16, memory reset, by lm-eval 0.4.13"
+    assert (drawing.columns, texts(drawing)) == (["task", "value", "stderr"], [["b", "0.25", "-"]])
+    found["setting"] |= {"memory_reset": False}
+    assert (
+        drawings("", [found])[0].title == "a, Infini linear, segments of 2,048, bfloat16, by lm-eval 0.4.13"
+    )
+
+
 def test_figures_of_a_kind_that_is_not_known_are_shown_as_they_are() -> None:
     one = {"steps": 400, "recall": 1.0, "provenance": asdict(provenance()), "commit": "c"}
     (drawing,) = drawings("", [one, one | {"recall": 0.06}])

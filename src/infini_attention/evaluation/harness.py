@@ -1,9 +1,11 @@
 """`infini eval`: tasks of EleutherAI's lm-evaluation-harness, and those in `tasks/`, asked of any system."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatch
 from importlib.metadata import version
@@ -11,7 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
+from infini_attention.baselines.systems import system_name
 from infini_attention.evaluation.result_files import fingerprint, plain, write_whole
 from infini_attention.provenance import Provenance, provenance
 
@@ -25,6 +29,7 @@ class Setting:
     Attributes:
         model: as it was asked for.
         model_type: of its config.
+        system: as `system_name`, such as "Infini delta, exp".
         fingerprint: hexadecimal; changes with any weight, the config and the tokenizer.
         tasks: as they were named.
         limit: documents of each task at most, or below 1 their share; None for all.
@@ -36,6 +41,7 @@ class Setting:
 
     model: str
     model_type: str
+    system: str
     fingerprint: str
     segment_length: int
     dtype: str
@@ -130,6 +136,7 @@ def harness(
     setting = Setting(
         model=model.name_or_path,
         model_type=model.config.model_type,
+        system=system_name(model),
         fingerprint=fingerprint(model, tokenizer),
         segment_length=model.config.segment_length,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -147,15 +154,16 @@ def harness(
         tokenizer.save_pretrained(scratch)  # tasks that count tokens load it by name
         metadata = {"tokenizer": scratch} | ({"data_files": data_files} if data_files else {})
         manager, names = _found(tasks, folders, metadata)
-        results: Any = simple_evaluate(
-            asked,
-            tasks=names,
-            task_manager=manager,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            apply_chat_template=chat,
-            log_samples=False,
-        )
+        with _without_advice():
+            results: Any = simple_evaluate(
+                asked,
+                tasks=names,
+                task_manager=manager,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                apply_chat_template=chat,
+                log_samples=False,
+            )
     seconds = time.perf_counter() - began
     report = HarnessReport(setting, provenance(), version("lm-eval"), [*_figures(results)], seconds)
     if output is not None:
@@ -169,6 +177,22 @@ def require_lm_eval() -> None:
         raise ValueError(
             "infini eval needs the package lm-eval; install it with: pip install 'infini-attention[harness]'"
         )
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep out what lm-eval says of an option of its own command, and git of a folder that is no checkout."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return "--metadata" not in record.getMessage()
+
+    logger = logging.getLogger("lm_eval.api.task")
+    logger.addFilter(other)
+    try:
+        with patch("lm_eval.evaluator.get_git_commit_hash", lambda: None, create=True):
+            yield
+    finally:
+        logger.removeFilter(other)
 
 
 def _found(tasks: Sequence[str], folders: list[Path], metadata: dict[str, Any]) -> tuple[Any, list[Any]]:

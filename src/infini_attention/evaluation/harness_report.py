@@ -39,8 +39,8 @@ def _remarks(report: HarnessReport) -> Iterator[str]:
     if setting.limit is not None:
         yield f"Limited to {setting.limit:g} of each task's documents: for trying out, not to be quoted."
     yield (
-        f"{setting.model_type}, segments of {setting.segment_length}; {setting.dtype} on {setting.device}; "
-        f"{report.seconds:,.1f} s"
+        f"{setting.system} ({setting.model_type}), segments of {setting.segment_length}; {setting.dtype} on "
+        f"{setting.device}; {report.seconds:,.1f} s"
     )
 
 

@@ -336,7 +336,11 @@ def _benchmark(found: dict[str, Any]) -> Iterator[Drawing]:
 
 
 def _harness(found: dict[str, Any]) -> Iterator[Drawing]:
-    return _as_they_are(f"By lm-eval {found['lm_eval']}", found["figures"])
+    setting = found["setting"]
+    control = ", memory reset" if setting["memory_reset"] else ""
+    read = f"segments of {setting['segment_length']:,}, {setting['dtype']}{control}"
+    title = f"{setting['model']}, {setting['system']}, {read}, by lm-eval {found['lm_eval']}"
+    return _as_they_are(title, found["figures"])
 
 
 def _as_they_are(title: str, rows: list[dict[str, Any]]) -> Iterator[Drawing]:
