@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
 
 from infini_attention.baselines.systems import system_name
 from infini_attention.evaluation.result_files import fingerprint, plain, write_whole
@@ -181,7 +180,7 @@ def require_lm_eval() -> None:
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """Keep out what lm-eval says of an option of its own command, and git of a folder that is no checkout."""
+    """Keep out what lm-eval says of an option of its own command."""
 
     def other(record: logging.LogRecord) -> bool:
         return "--metadata" not in record.getMessage()
@@ -189,8 +188,7 @@ def _without_advice() -> Iterator[None]:
     logger = logging.getLogger("lm_eval.api.task")
     logger.addFilter(other)
     try:
-        with patch("lm_eval.evaluator.get_git_commit_hash", lambda: None, create=True):
-            yield
+        yield
     finally:
         logger.removeFilter(other)
 
