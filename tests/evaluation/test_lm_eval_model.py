@@ -304,6 +304,30 @@ def test_a_bos_token_that_the_tokenizer_adds_stands_there_once() -> None:
     assert after == pytest.approx([last] * 2, rel=1e-4)
 
 
+@pytest.mark.parametrize("special", [False, True])
+def test_a_long_text_is_tokenised_in_blocks_and_as_a_whole_would_be(
+    special: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=ids
+    )
+    text = "".join(f"{number} roses, and as many names\n" for number in range(2000))
+    whole = tokenizer.encode(text, add_special_tokens=special)
+    encode = type(tokenizer).encode
+    encoded: list[str] = []
+
+    def spy(self: Any, given: str, **options: Any) -> list[int]:
+        encoded.append(given)
+        return encode(self, given, **options)
+
+    monkeypatch.setattr(type(tokenizer), "encode", spy)
+    assert lm(tokenizer=tokenizer).tok_encode(text, add_special_tokens=special) == whole
+    assert text not in encoded
+
+
 def test_without_special_tokens_a_texts_first_token_is_not_predicted() -> None:
     model = make()
     [(likelihood, _)] = asked(lm(model), [("", "a text")])

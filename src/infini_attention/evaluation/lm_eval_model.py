@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from infini_attention.baselines.loading import load_system
+from infini_attention.data.texts import BLOCK_CHARACTERS, token_blocks
 from infini_attention.evaluation.memory_reset import check_has_memory, with_memory_reset
 from infini_attention.evaluation.passkey import chunk_length
 from infini_attention.models import load_tokenizer
@@ -120,7 +121,18 @@ class InfiniLM(TemplateLM):
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+        if len(string) <= BLOCK_CHARACTERS or not self.tokenizer.is_fast:
+            return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+        # A block at a time: what the tokenizer says of a whole text takes some 500 bytes a token.
+        before, after = self._special_tokens() if add_special_tokens else ([], [])
+        blocks = token_blocks([string], self.tokenizer)
+        return [*before, *(token for block in blocks for token in block.ids.tolist()), *after]
+
+    def _special_tokens(self) -> tuple[list[int], list[int]]:
+        """Those that the tokenizer puts before a text and after it."""
+        text, whole = (self.tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+        first = next(place for place in range(len(whole)) if whole[place : place + len(text)] == text)
+        return whole[:first], whole[first + len(text) :]
 
     # --- what lm-eval asks for ---------------------------------------------------------------------------
 
