@@ -31,6 +31,12 @@ Figures = dict[tuple[str, ...], tuple[float, float]]  # by table, rule, map and 
 Printed = pytest.CaptureFixture[str]
 
 
+@pytest.fixture(autouse=True)
+def unfolded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables as files have them: pytest-xdist sets a width, by which they would be folded."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def test_the_memory_alone_holds_as_much_as_was_published(capsys: Printed) -> None:
     main(["bindings", "--bindings", "[1, 4, 16, 64, 256]"])
     found = bindings_of(capsys.readouterr().out)
