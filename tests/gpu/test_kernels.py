@@ -325,6 +325,22 @@ def test_a_training_step_can_be_captured_in_a_graph() -> None:
     assert all(torch.equal(first, second) for first, second in zip(captured, expected, strict=True))
 
 
+def test_a_captured_step_is_replayed_rightly_after_many_other_lengths() -> None:
+    def output(segments: int) -> Tensor:
+        tensors = inputs(16 * segments, batch=2)
+        return infini_attention(**tensors, segment_length=16, update_rule="delta", backend="triton")[0]
+
+    expected, graph = output(3), torch.cuda.CUDAGraph()
+    places = inputs(48, batch=2)
+    with torch.cuda.graph(graph):
+        captured, _ = infini_attention(**places, segment_length=16, update_rule="delta", backend="triton")
+    for segments in range(4, 84):
+        output(segments)
+    _ = [torch.full((128,), 1 << 30, dtype=torch.int32, device="cuda") for _ in range(1000)]
+    graph.replay()
+    torch.testing.assert_close(captured, expected)
+
+
 def test_inference_holds_the_output_and_the_states_and_little_else() -> None:
     tensors = inputs(2**17, heads=8, kv_heads=8, head_dim=128)
     with torch.no_grad():

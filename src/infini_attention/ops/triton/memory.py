@@ -70,7 +70,7 @@ def segment_states(
     gradient.
     """
     sums, totals = _sums(key, value, feature_map, weights=weights)
-    offsets = _offsets(tuple(segments), key.device)
+    offsets = _offsets(segments, key.device)
     before_normalizer, last_normalizer = _scan(totals, normalizer, offsets)
     removal, reciprocal = memory.new_empty(0), memory.new_empty(0)
     if delta:
@@ -125,7 +125,7 @@ def segment_states_backward(
 
     `more_grad_value` is added to the values' gradient.
     """
-    offsets = _offsets(tuple(segments), key.device)
+    offsets = _offsets(segments, key.device)
     denominator_grad = grad_removal = reciprocal
     if delta:
         grad_sums, grad_memory = _delta_scan(
@@ -487,9 +487,17 @@ def _total(parts: Tensor) -> Tensor:
     return parts.squeeze(2) if parts.shape[2] == 1 else parts.sum(dim=2)
 
 
-@lru_cache(maxsize=64)
-def _offsets(segments: tuple[int, ...], device: torch.device) -> Tensor:
+def _offsets(segments: list[int], device: torch.device) -> Tensor:
     """(rows + 1,) int32: where each row's runs begin."""
+    rows, each = len(segments), segments[0]
+    if each and segments == [each] * rows:
+        # Made where it is read, so that a CUDA graph holds it and copies nothing from the host.
+        return torch.arange(0, each * rows + 1, each, dtype=torch.int32, device=device)
+    return _uneven_offsets(tuple(segments), device)
+
+
+@lru_cache(maxsize=64)  # for the layers of a forward pass: the host waits for each copy
+def _uneven_offsets(segments: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor((0, *segments), dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 
