@@ -106,7 +106,7 @@ def write_segments(
     if options.update_rule == "delta":
         removal = keys.transpose(-1, -2) @ (keys / denominator(keys, before_z))  # A_s
         if copies is not None:
-            removal, memory_sums = copied(keys, removal, memory_sums, before_z, copies)
+            removal, memory_sums = copied(keys, values, removal, memory_sums, before_z, copies)
 
         def step(M: Tensor, runs: Runs) -> Tensor:
             return M - removal[runs] @ M + memory_sums[runs]
