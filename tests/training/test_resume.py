@@ -94,3 +94,10 @@ def test_sigterm_saves_and_ends_in_peace(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-13" / "manifest.json").exists()
     assert run(tmp_path, mode="carry").returncode == 0
     assert sorted(losses(tmp_path)) == list(range(1, 25))
+
+
+def test_a_run_that_is_done_takes_no_step_more(tmp_path: Path) -> None:
+    for _ in range(2):
+        ended = run(tmp_path, mode="draw")
+        assert ended.returncode == 0, ended.stderr
+    assert max(losses(tmp_path)) == 24

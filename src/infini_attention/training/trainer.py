@@ -186,6 +186,9 @@ class InfiniTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | None]:
         """The batches of a step, drawn, and how many tokens all processes predict in it."""
+        if 0 < self.state.max_steps <= self.state.global_step:  # what was loaded is the last checkpoint
+            self.control.should_training_stop = True
+            return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
