@@ -92,7 +92,7 @@ def test_auto_on_a_gpu_that_cannot_warns_exactly_once() -> None:
     tensor = SimpleNamespace(device=GPU, dtype=torch.float64, shape=(1, 2, 8, 4), is_cuda=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        inputs = SimpleNamespace(query=tensor, value=tensor, copies=None)
+        inputs = SimpleNamespace(query=tensor, value=tensor, segment_weights=None)
         chosen = [infini._backend("auto", inputs, "sum") for _ in range(3)]
     assert [backend.__name__ for backend in chosen] == ["parallel"] * 3
     assert ["no torch.float64" in str(warning.message) for warning in caught] == [True]

@@ -166,10 +166,14 @@ def test_many_short_runs_fill_programs_by_splitting_none_away(update_rule: str) 
     )
 
 
-def test_weights_that_ask_for_a_gradient_are_refused() -> None:
+def test_weights_that_ask_for_a_gradient_get_it_without_the_kernels() -> None:
     case = make_case([32], head_dim=16, value_dim=16, segment_length=16, update_rule="linear", weighted=True)
-    with pytest.raises(ValueError, match=r"segment_weights ask for a gradient.*backend=.parallel."):
-        run(case.to(torch.float32).leaves(), backend="triton")
+    case = case.to(torch.float32).leaves()
+    with pytest.raises(ValueError, match=r"segment_weights ask for a gradient.*backend=.auto."):
+        run(case, backend="triton")
+    (row,) = case.rows
+    outputs, _ = run(case, backend="auto")
+    assert torch.autograd.grad(outputs[0].sum(), row.weights)[0].any()
 
 
 @pytest.mark.parametrize("delta", [False, True])

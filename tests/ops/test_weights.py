@@ -137,7 +137,9 @@ def test_whole_numbers_are_scaled_sums_under_the_linear_rule(backend: str) -> No
 def test_the_fused_kernels_refuse_copies_and_auto_goes_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(infini, "obstacle", lambda *settings: None)
     inputs = SimpleNamespace(
-        query=torch.zeros(1, 1, N, 3), value=torch.zeros(1, 1, N, 3), copies=torch.ones(1)
+        query=torch.zeros(1, 1, N, 3),
+        value=torch.zeros(1, 1, N, 3),
+        segment_weights=torch.tensor([2]),
     )
     assert infini._backend("auto", inputs, "sum") is parallel
     with pytest.raises(ValueError, match="backend is 'triton', but the fused kernels make no copies"):

@@ -28,10 +28,10 @@ from torch.autograd.function import once_differentiable
 
 from infini_attention.ops.infini import checked_weights, memory_map
 from infini_attention.ops.layout import plan
-from infini_attention.ops.options import Options, autocast_type, copies_in
+from infini_attention.ops.options import Options, autocast_type
 from infini_attention.ops.parallel import write_segments
 from infini_attention.ops.state import MemoryState, state_dtype
-from infini_attention.ops.triton.availability import obstacle
+from infini_attention.ops.triton.availability import obstacle, weights_obstacle
 
 
 def incoming_state(
@@ -227,9 +227,9 @@ class _Run:
 
     def _writer(self, memory: Tensor, weights: Tensor | None) -> Callable[..., Any]:
         """The fused kernels where they can take the run, else torch."""
-        width = max(memory.shape[-2:])
-        plain = weights is None or (copies_in(weights) is None and not weights.requires_grad)
-        if plain and obstacle(self.key.device, self.key.dtype, width, self.options.normalization) is None:
+        width, name = max(memory.shape[-2:]), self.options.normalization
+        reason = obstacle(self.key.device, self.key.dtype, width, name) or weights_obstacle(weights)
+        if reason is None:
             from infini_attention.ops.triton import backend
 
             return backend.write_segments

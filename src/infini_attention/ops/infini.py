@@ -18,7 +18,7 @@ from infini_attention.ops.options import Inputs, Options, autocast_type, capturi
 from infini_attention.ops.parallel import parallel
 from infini_attention.ops.reference import reference
 from infini_attention.ops.state import MemoryState, state_dtype
-from infini_attention.ops.triton.availability import obstacle
+from infini_attention.ops.triton.availability import obstacle, weights_obstacle
 
 Backend = Callable[[Inputs, Layout, MemoryState, Options], tuple[Tensor, MemoryState]]
 
@@ -215,8 +215,7 @@ def _backend(name: str, inputs: Inputs, normalization: str) -> Backend:
     reason = None
     if name in ("auto", "triton"):
         reason = obstacle(query.device, query.dtype, head_dim, normalization)
-        if reason is None and inputs.copies is not None:
-            reason = "the fused kernels make no copies of segments under the delta rule"
+        reason = reason or weights_obstacle(inputs.segment_weights)
     if name == "triton" and reason is not None:
         raise ValueError(f"backend is 'triton', but {reason}; use backend='auto'")
     if name == "auto" and reason is not None:

@@ -5,6 +5,9 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from torch import Tensor
+
+from infini_attention.ops.options import copies_in
 
 FIRST_TRITON = (3, 6)  # the oldest whose results were checked on a GPU
 MAX_HEAD_DIM = 256
@@ -20,6 +23,15 @@ def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, normalizat
     if normalization != "sum":
         return f"the fused kernels have no normalization {normalization!r}, only 'sum'"
     return _missing(device)
+
+
+def weights_obstacle(weights: Tensor | None) -> str | None:
+    """Why the fused kernels cannot take such weights of segments, in words; None when they can."""
+    if copies_in(weights) is not None:
+        return "the fused kernels make no copies of segments under the delta rule"
+    if weights is not None and weights.requires_grad and torch.is_grad_enabled():
+        return "segment_weights ask for a gradient, which the fused kernels do not give"
+    return None
 
 
 @lru_cache(maxsize=16)

@@ -15,12 +15,6 @@ from infini_attention.ops.triton.memory import FUSED_MAPS, Mix, SegmentStates, m
 
 def fused(inputs: Inputs, layout: Layout, state: MemoryState, options: Options) -> tuple[Tensor, MemoryState]:
     """Output (batch, heads, length, value_dim) and new state; see `infini_attention` for the contract."""
-    weights = inputs.segment_weights
-    if weights is not None and weights.requires_grad:
-        raise ValueError(
-            "segment_weights ask for a gradient, which the fused kernels do not give; "
-            "detach them, or use backend='parallel'"
-        )
     whole_segments = _trained_segments if inputs.needs_gradient(state) else _inferred_segments
     return walk(inputs, layout, state, options, whole_segments, None)
 
