@@ -94,7 +94,8 @@ def infini_attention(
             in a row, at least once each. See `ops.copies.copied`.
         scale: of local scores; default head_dim ** -0.5.
         softcap: bounds local scores to softcap * tanh(score / softcap); default none.
-        backend: "reference", "parallel", or "auto", the fastest that is right on the inputs' device.
+        backend: "reference", "parallel", "triton", or "auto", the fastest that is right on the inputs' device
+            and with such weights.
         check_finite: raise ValueError when a tensor holds NaN or infinity (costs a pass over the inputs).
 
     Returns:
