@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from infini_attention.models import retrofit
 from infini_attention.training.arguments import InfiniTrainingArguments
+from infini_attention.training.graphs import GraphedSteps
 from infini_attention.training.trainer import InfiniTrainer
 
 if not torch.cuda.is_available():
@@ -54,6 +55,19 @@ def test_weights_of_segments_are_read_anew_by_every_replay(tmp_path: Path) -> No
         trained(MEMORIES[0], False, graphs, tmp_path, repeat_ceiling=50.0) for graphs in (False, True)
     )
     torch.testing.assert_close(captured, losses, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_replay_draws_does_not_depend_on_when_it_was_captured() -> None:
+    module, batch = torch.nn.Linear(64, 1, bias=False).cuda(), {"x": torch.ones(8, 64, device="cuda")}
+
+    def loss_of(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return module(torch.nn.functional.dropout(inputs["x"])).sum()
+
+    steps, losses = GraphedSteps(module, loss_of), []
+    for _ in range(2):
+        torch.cuda.manual_seed(0)
+        losses.append([steps(batch).item() for _ in range(3)])
+    assert losses[0] == losses[1]
 
 
 def trained(

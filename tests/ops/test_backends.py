@@ -38,7 +38,10 @@ def test_a_cpu_gets_all_segments_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "reason"),
-    [(torch.float64, 64, "no torch.float64"), (torch.bfloat16, 512, "head_dim of at most 256, not 512")],
+    [
+        (torch.float64, 64, "no torch.float64"),
+        (torch.bfloat16, 512, "256 features and values, not 512"),
+    ],
 )
 def test_tensors_that_the_kernels_do_not_take_get_the_other_backend(
     dtype: torch.dtype, head_dim: int, reason: str
@@ -92,8 +95,8 @@ def test_auto_on_a_gpu_that_cannot_warns_exactly_once() -> None:
     tensor = SimpleNamespace(device=GPU, dtype=torch.float64, shape=(1, 2, 8, 4), is_cuda=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        inputs = SimpleNamespace(query=tensor, value=tensor, segment_weights=None)
-        chosen = [infini._backend("auto", inputs, "sum") for _ in range(3)]
+        inputs = SimpleNamespace(query=tensor, segment_weights=None)
+        chosen = [infini._backend("auto", inputs, 4, "sum") for _ in range(3)]
     assert [backend.__name__ for backend in chosen] == ["parallel"] * 3
     assert ["no torch.float64" in str(warning.message) for warning in caught] == [True]
 

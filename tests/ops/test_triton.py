@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from infini_attention.ops import infini_attention
+
 from .cases import (
     LAYOUTS,
     TOKEN_FIELDS,
@@ -176,6 +178,25 @@ def test_weights_that_ask_for_a_gradient_get_it_without_the_kernels() -> None:
     assert torch.autograd.grad(outputs[0].sum(), row.weights)[0].any()
 
 
+def test_maps_that_widen_heads_too_far_are_refused_and_auto_goes_without_the_kernels() -> None:
+    case = make_case([64], segment_length=16, head_dim=144, update_rule="delta", feature_map="dpfp")
+    case = case.to(torch.float32)
+    with pytest.raises(ValueError, match="at most 256 features and values, not 288"):
+        run(case, backend="triton")
+    outputs, _ = run(case, backend="auto")
+    expected, _ = run(case, backend="reference")
+    assert_equal(outputs[0], expected[0], tolerance=TOLERANCE)
+
+
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+def test_features_beyond_fp16_stay_finite(update_rule: str) -> None:
+    tensors = torch.randn(3, 1, 1, 32, 16).mul(200).half()
+    settings = {"segment_length": 16, "update_rule": update_rule, "feature_map": "dpfp", "backend": "triton"}
+    output, state = infini_attention(*tensors, torch.zeros(1), **settings)
+    assert torch.isfinite(output).all()
+    assert torch.isfinite(state.memory).all()
+
+
 @pytest.mark.parametrize("delta", [False, True])
 def test_operators_are_what_their_fakes_say(delta: bool) -> None:
     """Shapes, dtypes and strides under fake tensors, of inputs as projections make them."""
@@ -257,8 +278,6 @@ def test_torch_compile_sees_one_graph() -> None:
     (row,) = eager.rows
 
     def function(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
-        from infini_attention.ops import infini_attention
-
         settings = {"segment_length": 16, "update_rule": "delta", "backend": "triton"}
         return infini_attention(query[None], key[None], value[None], gate, **settings)[0]
 

@@ -62,9 +62,11 @@ def copies_of(case: Case, segments: list[int], counts: list[int]) -> Case:
     return replace(case, rows=[replace(row, weights=torch.tensor(counts))])
 
 
-def test_copies_under_delta_go_on_from_what_the_first_of_them_left(backend: str) -> None:
+@pytest.mark.parametrize("head_dim", [N - 1, 2 * N])
+def test_copies_under_delta_go_on_from_what_the_first_of_them_left(backend: str, head_dim: int) -> None:
     """Each adds what is missing of the segment's values in what the memory answers by the z of the first."""
-    case = make_case([2 * N], segment_length=N, update_rule="delta", feature_map="elu1")
+    sizes = {"segment_length": N, "head_dim": head_dim}
+    case = make_case([2 * N], **sizes, update_rule="delta", feature_map="elu1")
     (row,) = case.rows
     _, state = run(rebuilt(case, [0, 1]), backend=backend)
     features = torch.nn.functional.elu(row.key[:, N:]) + 1
@@ -115,10 +117,11 @@ def test_copies_are_those_of_the_reference_in_every_layout(
     assert_states_equal(state, expected_state, tolerance=1e-12)
 
 
-def test_gradients_flow_through_copies() -> None:
+@pytest.mark.parametrize("head_dim", [N - 1, N + 1])
+def test_gradients_flow_through_copies(head_dim: int) -> None:
     torch.manual_seed(0)
-    key, value = torch.randn(2, 1, 1, 2 * N, 3, dtype=torch.float64).unbind()
-    query, gate = torch.randn(1, 1, 2 * N, 3, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    query, key, value = torch.randn(3, 1, 1, 2 * N, head_dim, dtype=torch.float64).unbind()
+    gate = torch.zeros(1, dtype=torch.float64)
     weights = torch.tensor([[1, 5]])
 
     def memory(*tensors: Tensor) -> Tensor:
@@ -136,14 +139,10 @@ def test_whole_numbers_are_scaled_sums_under_the_linear_rule(backend: str) -> No
 
 def test_the_fused_kernels_refuse_copies_and_auto_goes_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(infini, "obstacle", lambda *settings: None)
-    inputs = SimpleNamespace(
-        query=torch.zeros(1, 1, N, 3),
-        value=torch.zeros(1, 1, N, 3),
-        segment_weights=torch.tensor([2]),
-    )
-    assert infini._backend("auto", inputs, "sum") is parallel
+    inputs = SimpleNamespace(query=torch.zeros(1, 1, N, 3), segment_weights=torch.tensor([2]))
+    assert infini._backend("auto", inputs, 3, "sum") is parallel
     with pytest.raises(ValueError, match="backend is 'triton', but the fused kernels make no copies"):
-        infini._backend("triton", inputs, "sum")
+        infini._backend("triton", inputs, 3, "sum")
 
 
 @pytest.mark.parametrize(

@@ -169,8 +169,9 @@ def infini_attention(
         softcap=softcap,
     )
     inputs = Inputs(query, key, value, local_query, local_key, context_key, gate, segment_weights)
+    width = max(query.shape[-1], *state.memory.shape[-2:])
     with torch.autocast(autocast_type(query.device), enabled=False):
-        return _backend(backend, inputs, normalization)(inputs, layout, state, options)
+        return _backend(backend, inputs, width, normalization)(inputs, layout, state, options)
 
 
 def memory_map(update_rule: str, feature_map: str, normalization: str) -> feature_maps.FeatureMap:
@@ -209,13 +210,11 @@ def choose_backend(
     return "parallel", f"all segments at once in torch, because {reason}"
 
 
-def _backend(name: str, inputs: Inputs, normalization: str) -> Backend:
+def _backend(name: str, inputs: Inputs, width: int, normalization: str) -> Backend:
     check_choice("backend", name, ("auto", *BACKENDS))
-    query = inputs.query
-    head_dim = max(query.shape[-1], inputs.value.shape[-1])
-    reason = None
+    query, reason = inputs.query, None
     if name in ("auto", "triton"):
-        reason = obstacle(query.device, query.dtype, head_dim, normalization)
+        reason = obstacle(query.device, query.dtype, width, normalization)
         reason = reason or weights_obstacle(inputs.segment_weights)
     if name == "triton" and reason is not None:
         raise ValueError(f"backend is 'triton', but {reason}; use backend='auto'")

@@ -32,8 +32,9 @@ class Guest(Protocol):
 class Decoder:
     """Buffers for `rows` sequences, and the model's step over them.
 
-    On a GPU the step is captured as a CUDA graph, once; on a CPU it runs as it is. `compiled=True` puts it
-    through `torch.compile` first, on either: the first step then takes minutes and later ones less time.
+    On a GPU the step is captured as a CUDA graph, once, and anew where a sequence takes a row and the weights
+    have moved; they stay where they are while any is in one. On a CPU it runs as it is. `compiled=True` puts
+    it through `torch.compile` first, on either: the first step then takes minutes and later ones less time.
     Guests and the model are held by weak references: a sequence that nobody holds any more leaves its row
     free. `lock` is for those who need several calls to belong together, in programs of several threads.
 

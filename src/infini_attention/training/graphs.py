@@ -43,12 +43,14 @@ class GraphedSteps:
     def _capture(self, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, Inputs, Tensor]:
         places = {name: x.clone() for name, x in inputs.items()}
         self._hand_out()
+        random = torch.cuda.get_rng_state()
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(WARM_UPS):
                 self._step(places)
         torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.set_rng_state(random)  # draws are the same whenever a shape is met first
         graph = torch.cuda.CUDAGraph()
         # "thread_local": the thread that pins the next batch may go on meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):

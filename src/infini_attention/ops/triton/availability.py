@@ -10,16 +10,19 @@ from torch import Tensor
 from infini_attention.ops.options import copies_in
 
 FIRST_TRITON = (3, 6)  # the oldest whose results were checked on a GPU
-MAX_HEAD_DIM = 256
+MAX_WIDTH = 256  # features, or values, of a head
 
 
 @torch.compiler.assume_constant_result
-def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, normalization: str) -> str | None:
-    """Why the fused kernels cannot take such tensors on `device`, in words; None when they can."""
+def obstacle(device: torch.device, dtype: torch.dtype, width: int, normalization: str) -> str | None:
+    """Why the fused kernels cannot take such tensors on `device`, in words; None when they can.
+
+    `width` is the largest of head_dim, value_dim and what the feature map makes of head_dim.
+    """
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the fused kernels have no {dtype}"
-    if head_dim > MAX_HEAD_DIM:
-        return f"the fused kernels take a head_dim of at most {MAX_HEAD_DIM}, not {head_dim}"
+    if width > MAX_WIDTH:
+        return f"the fused kernels take heads of at most {MAX_WIDTH} features and values, not {width}"
     if normalization != "sum":
         return f"the fused kernels have no normalization {normalization!r}, only 'sum'"
     return _missing(device)

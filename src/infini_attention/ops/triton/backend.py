@@ -10,7 +10,15 @@ from infini_attention.ops.layout import Layout, Whole
 from infini_attention.ops.options import Inputs, Options, copies_in
 from infini_attention.ops.parallel import walk
 from infini_attention.ops.state import MemoryState
-from infini_attention.ops.triton.memory import FUSED_MAPS, Mix, SegmentStates, mix, mix_into, segment_states
+from infini_attention.ops.triton.memory import (
+    FUSED_MAPS,
+    Mix,
+    SegmentStates,
+    mix,
+    mix_into,
+    segment_states,
+    strided,
+)
 
 
 def fused(inputs: Inputs, layout: Layout, state: MemoryState, options: Options) -> tuple[Tensor, MemoryState]:
@@ -32,7 +40,7 @@ def write_segments(
     assert copies_in(weights) is None
     (key,), name = _fusible(key, options=options)
     state, delta = (memory.contiguous(), normalizer.contiguous()), options.update_rule == "delta"
-    _, *states = SegmentStates.apply(key, _strided(value), weights, *state, block.segments, name, delta)
+    _, *states = SegmentStates.apply(key, strided(value), weights, *state, block.segments, name, delta)
     return tuple(states)
 
 
@@ -43,7 +51,7 @@ def _trained_segments(
     (query, key), name = _fusible(inputs.query, inputs.key, options=options)
     value, before_memory, before_normalizer, memory, normalizer = SegmentStates.apply(
         key,
-        _strided(inputs.value),
+        strided(inputs.value),
         inputs.segment_weights,
         state.memory.contiguous(),
         state.normalizer.contiguous(),
@@ -53,7 +61,7 @@ def _trained_segments(
     )
     local, state = attend_in_segments(replace(inputs, value=value), block, state, options)
     before_memory, before_normalizer, state = delayed(before_memory, before_normalizer, block, state)
-    local, gated = _strided(local), options.empty_memory == "gated"
+    local, gated = strided(local), options.empty_memory == "gated"
     output = Mix.apply(query, local, inputs.gate.float(), before_memory, before_normalizer, name, gated)
     return output, state.after_whole_segments(memory, normalizer, block.segments)
 
@@ -65,7 +73,7 @@ def _inferred_segments(
     (query, key), name = _fusible(inputs.query, inputs.key, options=options)
     before_memory, before_normalizer, memory, normalizer, *_ = segment_states(
         key,
-        _strided(inputs.value),
+        strided(inputs.value),
         inputs.segment_weights,
         state.memory.contiguous(),
         state.normalizer.contiguous(),
@@ -76,7 +84,7 @@ def _inferred_segments(
     del _  # the delta rule's matrices, as large as all states together
     local, state = attend_in_segments(inputs, block, state, options)
     before_memory, before_normalizer, state = delayed(before_memory, before_normalizer, block, state)
-    local, gated = _strided(local), options.empty_memory == "gated"
+    local, gated = strided(local), options.empty_memory == "gated"
     arguments = query, local, inputs.gate.float(), before_memory, before_normalizer
     if torch.compiler.is_compiling():  # an operator's output must not be one of its other arguments
         output = mix(*arguments, name, gated)
@@ -89,11 +97,8 @@ def _fusible(*tensors: Tensor, options: Options) -> tuple[list[Tensor], str]:
     """Queries or keys, and the map that the kernels apply to them."""
     name = options.feature_map.name
     if name in FUSED_MAPS:
-        return [_strided(x) for x in tensors], name
-    # A map that widens, or one registered by the user.
-    return [_strided(options.feature_map(x.float()).to(x.dtype)) for x in tensors], "identity"
-
-
-def _strided(x: Tensor) -> Tensor:
-    """`x` with a contiguous last axis and offsets within a run that fit 32 bits."""
-    return x if x.stride(-1) == 1 and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
+        return [strided(x) for x in tensors], name
+    # A map that widens, or one registered by the user. What fp16 holds may be too much for it once mapped.
+    dtypes = [torch.float32 if x.dtype == torch.float16 else x.dtype for x in tensors]
+    mapped = [options.feature_map(x.float()) for x in tensors]
+    return [strided(x.to(dtype)) for x, dtype in zip(mapped, dtypes, strict=True)], "identity"

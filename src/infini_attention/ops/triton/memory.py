@@ -215,8 +215,7 @@ class SegmentStates(torch.autograd.Function):
             torch.zeros_like(tensor) if gradient is None else gradient.contiguous()
             for gradient, tensor in zip(gradients, shapes, strict=True)
         )
-        if grad_value is not None and grad_value.stride(-1) != 1:
-            grad_value = grad_value.contiguous()
+        grad_value = None if grad_value is None else strided(grad_value)
         grad_key, grad_value, grad_memory, grad_normalizer = segment_states_backward(
             grad_value,
             before,
@@ -405,9 +404,12 @@ class Mix(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         """Gradients of query, local, gate, memory and normalizer."""
-        if grad_output.stride(-1) != 1:
-            grad_output = grad_output.contiguous()
-        return *mix_backward(grad_output, *ctx.saved_tensors, *ctx.settings), None, None
+        return *mix_backward(strided(grad_output), *ctx.saved_tensors, *ctx.settings), None, None
+
+
+def strided(x: Tensor) -> Tensor:
+    """`x` with a contiguous last axis and offsets within a run that fit 32 bits."""
+    return x if x.stride(-1) == 1 and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
 
 
 class Cut(NamedTuple):
