@@ -197,6 +197,16 @@ def test_features_beyond_fp16_stay_finite(update_rule: str) -> None:
     assert torch.isfinite(state.memory).all()
 
 
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_what_is_no_number_is_none_in_memory_either(feature_map: str) -> None:
+    tensors = torch.randn(3, 1, 1, 16, 16)
+    tensors[1, ..., 3, 5] = float("nan")
+    settings = {"segment_length": 16, "feature_map": feature_map, "backend": "triton"}
+    _, state = infini_attention(*tensors, torch.zeros(1), **settings)
+    assert state.memory.isnan().any()
+    assert state.normalizer.isnan().any()
+
+
 @pytest.mark.parametrize("delta", [False, True])
 def test_operators_are_what_their_fakes_say(delta: bool) -> None:
     """Shapes, dtypes and strides under fake tensors, of inputs as projections make them."""

@@ -21,16 +21,28 @@ FLOOR = tl.constexpr(1e-30)  # ops.normalization.DENOMINATOR_FLOOR
 
 
 @triton.jit
+def _most(x, bound):
+    """The larger of each; NaN stays NaN, which the default of `tl.maximum` leaves out."""
+    return tl.maximum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _least(x, bound):
+    """The smaller of each; NaN stays NaN."""
+    return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _features(x, MAP: tl.constexpr):
     """sigma(x) in fp32."""
     if MAP == "elu1":
-        phi = tl.maximum(x, 0.0) + tl.exp(tl.minimum(x, 0.0))
+        phi = _most(x, 0.0) + tl.exp(_least(x, 0.0))
     elif MAP == "exp":
-        phi = tl.exp(tl.minimum(tl.maximum(x, -20.0), 10.0))
+        phi = tl.exp(_least(_most(x, -20.0), 10.0))
     elif MAP == "relu2":
-        phi = tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
+        phi = _most(x, 0.0) * _most(x, 0.0)
     elif MAP == "softplus":
-        phi = tl.where(x > 20.0, x, tl.log(1 + tl.exp(tl.minimum(x, 20.0))))
+        phi = tl.where(x > 20.0, x, tl.log(1 + tl.exp(_least(x, 20.0))))
     else:
         phi = x
     return phi
