@@ -10,6 +10,7 @@ from infini_attention.baselines import memorizing
 from infini_attention.baselines.memorizing import lookup
 from infini_attention.models import memory_off
 from infini_attention.models.compat import CACHE_ARGUMENT
+from infini_attention.training.parameters import parameter_groups
 
 from . import naive
 from .cases import OWN, SEGMENT, SIZES, make_baseline, make_tokens
@@ -156,3 +157,10 @@ def test_near_keys_are_told_apart_under_autocast() -> None:
             torch.tensor([[[[1.0, 0.5]]]]), key[None, None], value[None, None], torch.ones(1), neighbors=1
         )
     assert torch.equal(found[0, 0, 0], value[2])
+
+
+def test_the_scale_of_the_lookup_learns_at_the_rate_of_the_gates() -> None:
+    rates = {"learning_rate": 1e-3, "weight_decay": 0.1, "gate_learning_rate": 1e-2}
+    groups = {group["name"]: group for group in parameter_groups(make_baseline("memorizing"), **rates)}
+    assert len(groups["gates"]["params"]) == 2  # the gates and the factors of one layer
+    assert (groups["gates"]["lr"], groups["gates"]["weight_decay"]) == (1e-2, 0.0)

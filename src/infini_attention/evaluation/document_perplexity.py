@@ -27,6 +27,7 @@ from infini_attention.evaluation.passkey import chunk_length
 from infini_attention.evaluation.perplexity import Loss, LossReader, PositionSums
 from infini_attention.evaluation.progress import ReadingProgress
 from infini_attention.evaluation.result_files import check_same_setting, fingerprint, plain, write_whole
+from infini_attention.models.config import InfiniConfigMixin
 from infini_attention.provenance import Provenance, provenance
 from infini_attention.training.checkpoints import SUMMARY
 
@@ -186,9 +187,9 @@ class PerplexityReport:
         ]
 
     def to_json(self) -> str:
-        """The whole report in one line of JSON, with its figures; null where a number is not finite."""
+        """The whole report in one line of JSON, at its end with its figures; null where one is not finite."""
         figures: dict[str, Any] = {}
-        if self.documents:
+        if self.whole:  # intervals take long to draw, and this is written after every document
             figures = {memory: asdict(self.figures(memory)) for memory in self.memories}
         return json.dumps(plain(asdict(self) | {"figures": figures}), allow_nan=False)
 
@@ -219,7 +220,8 @@ def document_perplexity(
         name: what to call them in tables; default their source.
         system: what to call the model in tables; default by its kind, as `system_name` has it.
         max_tokens: read of each document at most.
-        memory_off: read everything also with every gate shut, where there are gates that are open.
+        memory_off: read everything also with every gate shut, where an `infini_*` model has some that are
+            open. What other systems hold besides goes on without their gates.
         batch_rows: documents side by side.
         chunk_tokens: of each that go through the model at once; default whole segments, as many as keep the
             device busy. Changes speed and working memory; full attention compares each of them with all
@@ -244,7 +246,7 @@ def document_perplexity(
         documents=documents.source if name is None else name,
         source=digest(documents),
         max_tokens=max_tokens,
-        memory_off=memory_off and has_open_gates(model),
+        memory_off=memory_off and isinstance(model.config, InfiniConfigMixin) and has_open_gates(model),
     )
     report = PerplexityReport(setting, provenance(), _trained(model.name_or_path))
     if output is not None and output.exists():

@@ -4,7 +4,10 @@ from typing import Any
 
 from torch import nn
 
+from infini_attention.baselines.memorizing import LookupScale
 from infini_attention.layers import MemoryGate
+
+OF_A_HEAD = (MemoryGate, LookupScale)  # each parameter is one number a head, and has far to go
 
 
 def parameter_groups(
@@ -12,9 +15,10 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for an optimiser: matrices, with decay; vectors and biases, without; gates, without, last.
 
+    The factors of a Memorizing Transformer's lookup are with the gates: at the body's rate they hardly move.
     Parameters that need no gradient are left out, and so are empty groups. Every group has a `name`.
     """
-    gates = {id(p) for m in model.modules() if isinstance(m, MemoryGate) for p in m.parameters()}
+    gates = {id(p) for m in model.modules() if isinstance(m, OF_A_HEAD) for p in m.parameters()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     body = [parameter for parameter in trained if id(parameter) not in gates]
     groups = [
