@@ -420,6 +420,15 @@ def test_a_teachers_predictions_are_learnt(
     assert divergence(teacher=teacher, teacher_weight=5.0) < 0.8 * divergence()
 
 
+def test_a_teacher_reads_in_the_precision_of_the_training(
+    make_trainer: Callable[..., InfiniTrainer], teacher: str
+) -> None:
+    for bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        trainer = make_trainer(teacher=teacher, bf16=bf16)
+        assert trainer._teacher is not None
+        assert trainer._teacher.teach(torch.arange(8)[None]).hidden_states.dtype == dtype
+
+
 def test_a_teacher_is_not_in_the_validations_loss(
     make_trainer: Callable[..., InfiniTrainer], teacher: str
 ) -> None:

@@ -11,6 +11,8 @@ from infini_attention.training.arguments import InfiniTrainingArguments
 class Teacher:
     """The frozen model that `args.teacher` names; reads the first tokens of rows, and says what comes next.
 
+    In bfloat16 where the training is: autocast is around the model that learns, not around this one.
+
     Args:
         args: of the training: the teacher, its `teacher_tokens` and its `teacher_weight`.
         vocab_size: of the model that learns.
@@ -21,7 +23,8 @@ class Teacher:
 
     def __init__(self, args: InfiniTrainingArguments, vocab_size: int) -> None:
         assert args.teacher is not None
-        model = load_model(args.teacher, dtype=torch.float32).requires_grad_(False)
+        dtype = torch.bfloat16 if args.bf16 else torch.float32
+        model = load_model(args.teacher, dtype=dtype).requires_grad_(False)
         known, most = model.config.vocab_size, model.config.max_position_embeddings
         if known != vocab_size:
             raise ValueError(
