@@ -99,6 +99,5 @@ def _fusible(*tensors: Tensor, options: Options) -> tuple[list[Tensor], str]:
     if name in FUSED_MAPS:
         return [strided(x) for x in tensors], name
     # A map that widens, or one registered by the user. What fp16 holds may be too much for it once mapped.
-    dtypes = [torch.float32 if x.dtype == torch.float16 else x.dtype for x in tensors]
-    mapped = [options.feature_map(x.float()) for x in tensors]
-    return [strided(x.to(dtype)) for x, dtype in zip(mapped, dtypes, strict=True)], "identity"
+    dtype = torch.float32 if tensors[0].dtype == torch.float16 else tensors[0].dtype
+    return [strided(options.feature_map(x.float()).to(dtype)) for x in tensors], "identity"
