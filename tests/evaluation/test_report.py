@@ -374,7 +374,7 @@ def read() -> PerplexityReport:
     second = Stretch(16, 32, 16, 3, 60, 16 * math.log(2), 16 * math.log(3))
     documents = [DocumentLoss(0, "a", [first, second]), DocumentLoss(1, "b", [first])]
     made = PerplexitySetting(**setting, max_tokens=None, memory_off=True)  # type: ignore[arg-type]
-    return PerplexityReport(made, provenance(), documents=documents)
+    return PerplexityReport(made, provenance(), documents=documents, whole=True)
 
 
 def test_perplexity_is_drawn_by_position_with_the_memory_on_and_off(read: PerplexityReport) -> None:
