@@ -77,5 +77,6 @@ def _rank(
         timeout=timedelta(seconds=timeout / 2),  # so that a collective that waits in vain says where
     )
     torch.save(function(*arguments), Path(folder, str(rank)))
-    dist.barrier()  # a rank that left early would take its connections along
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.barrier()  # a rank that left early would take its connections along
+        dist.destroy_process_group()

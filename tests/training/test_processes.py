@@ -5,15 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from infini_attention import cli
 from infini_attention.models import retrofit
 from infini_attention.training.arguments import InfiniTrainingArguments
 from infini_attention.training.trainer import InfiniTrainer
 
 from ..distributed import run_on
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 ROWS, SEGMENT, LENGTH = 4, 8, 44  # a step's rows over all processes; five whole segments and a half
 LAYERS_TOO = "over segments, layers checkpointed"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -161,3 +164,15 @@ def test_several_processes_go_on_where_they_were_cut_off(tmp_path: Path, setting
     )
     assert len(whole[0]) == 4
     assert cut == whole
+
+
+def command(folder: str) -> bool:
+    settings = {"output_dir": folder, "max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True}
+    cli.train(RECIPES / "copy-task.yaml", [f"--training.{name}={value}" for name, value in settings.items()])
+    return dist.is_initialized()
+
+
+def test_the_command_leaves_its_group_before_its_process_ends(tmp_path: Path) -> None:
+    """Or threads of the group abort some processes, and torchrun calls a run failed that was not."""
+    assert run_on(2, command, str(tmp_path)) == [False, False]
+    assert (tmp_path / "model" / "config.json").exists()
