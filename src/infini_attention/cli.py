@@ -899,12 +899,13 @@ def train(recipe: Path, overrides: list[str]) -> None:
 
         _print_figures(dry_run(read.recipe), read.json)
         return
-    from accelerate import PartialState
+    import torch.distributed as dist
 
     from infini_attention.training.run import train as run
 
     figures = run(read.recipe, read.text)
-    PartialState().destroy_process_group()  # whose threads could otherwise abort a process that ends
+    if dist.is_initialized():
+        dist.destroy_process_group()  # whose threads could otherwise abort a process that ends
     if read.recipe.training.should_save:
         _print_figures(figures, read.json)
     if "stopped_by" in figures:
