@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infini_attention.ops import MemoryState, feature_maps, infini_attention
+from infini_attention.ops.cross_entropy import IGNORED, cross_entropy
 
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
@@ -352,6 +353,33 @@ def test_inference_holds_the_output_and_the_states_and_little_else() -> None:
         extra = torch.cuda.max_memory_allocated() - before
     output, states = tensors["query"].nbytes, 64 * 8 * 128 * 129 * 4
     assert extra <= 1.05 * (output + states)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("vocabulary", [256, 32_768, 49_153])
+def test_cross_entropy_is_right_and_holds_its_gradient_alone(
+    vocabulary: int, dtype: torch.dtype, poisoned: None
+) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = (5 * torch.randn(515, vocabulary, generator=generator, device="cuda")).to(dtype)
+    targets = torch.randint(vocabulary, (515,), generator=generator, device="cuda")
+    targets[::7] = IGNORED
+
+    def found(logits: Tensor, loss_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        leaf = logits.detach().requires_grad_()
+        loss = loss_of(leaf)
+        return [loss.detach(), *torch.autograd.grad(3 * loss, leaf)]
+
+    def plain(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    ours = found(logits, lambda logits: cross_entropy(logits, targets))
+    assert torch.cuda.max_memory_allocated() - before <= logits.nbytes + 100_000
+    rounded, exact = found(logits, lambda logits: plain(logits.float())), found(logits.double(), plain)
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-6, atol=0)
+    assert_calibrated(ours[1:], rounded[1:], exact[1:])
 
 
 def _directed(tensor: Tensor, seed: int) -> Tensor:

@@ -20,10 +20,10 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(availability, "version", lambda name: "3.6.0")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    availability._missing.cache_clear()
+    availability.missing.cache_clear()
     infini._warn_once.cache_clear()
     yield
-    availability._missing.cache_clear()
+    availability.missing.cache_clear()
 
 
 def test_a_gpu_gets_the_fused_kernels() -> None:
@@ -58,7 +58,7 @@ def test_a_normalization_that_the_kernels_lack_gets_the_other_backend(normalizat
     assert f"the fused kernels have no normalization '{normalization}'" in words
 
 
-def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_amissing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 

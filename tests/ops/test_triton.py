@@ -11,9 +11,11 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from infini_attention.ops import infini_attention
+from infini_attention.ops.cross_entropy import IGNORED, cross_entropy
 
 from .cases import (
     LAYOUTS,
@@ -31,6 +33,8 @@ from .test_parallel import random_fields, state_of
 pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("set TRITON_INTERPRET=1 to run the fused kernels on the CPU", allow_module_level=True)
+
+from infini_attention.ops.triton import cross_entropy as cross_entropy_kernels  # needs triton
 
 TOLERANCE = 2e-5  # of fp32 arithmetic against fp64, over some dozens of tokens
 MAPS = ("elu1", "exp", "relu2", "softplus", "dpfp")
@@ -304,3 +308,45 @@ def test_torch_compile_sees_one_graph() -> None:
     with torch.no_grad():  # compiled, the mixture does not take the place of local attention's output
         inferred = torch.compile(function, fullgraph=True, backend="aot_eager")(*tensors)
     assert_equal(inferred, expected, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [10, 64, 100])
+def test_cross_entropy_equals_torchs(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks, some of them masked whole, targets that are ignored, rows that are not dense."""
+    monkeypatch.setattr(cross_entropy_kernels, "MAX_BLOCK", 16)
+    generator = torch.Generator().manual_seed(0)
+    wide = 10 * torch.randn(7, vocabulary + 3, generator=generator)
+    wide[0, : vocabulary - 1] = float("-inf")
+    targets = torch.randint(vocabulary, (7,), generator=generator)
+    targets[0], targets[3] = vocabulary - 1, IGNORED
+    found = []
+    for loss_of, dtype in ((cross_entropy, torch.float32), (_plain_cross_entropy, torch.float64)):
+        leaf = wide.to(dtype).requires_grad_()
+        loss = loss_of(leaf[:, :vocabulary], targets)
+        found.append((loss.detach(), *torch.autograd.grad(3 * loss, leaf)))
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def _plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+
+
+def test_cross_entropy_of_nothing_and_of_what_is_no_number() -> None:
+    logits = torch.randn(2, 8)
+    assert cross_entropy(logits[:0], torch.tensor([], dtype=torch.long)) == 0
+    assert cross_entropy(logits, torch.full((2,), IGNORED)) == 0
+    assert cross_entropy(logits, torch.tensor([1, 8])).isnan()  # no such token
+    assert cross_entropy(logits.index_fill(1, torch.tensor([3]), float("nan")), torch.tensor([1, 2])).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_of_cross_entropy_come_in_the_logits_dtype(dtype: torch.dtype) -> None:
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+    loss = cross_entropy(logits, torch.arange(5))
+    assert loss.dtype == torch.float32
+    (grad,) = torch.autograd.grad(loss, logits)
+    exact = logits.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(_plain_cross_entropy(exact, torch.arange(5)), exact)
+    assert grad.dtype == dtype
+    torch.testing.assert_close(grad, wanted.to(dtype), rtol=0, atol=torch.finfo(dtype).eps)

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100
+from infini_attention.ops.cross_entropy import IGNORED, cross_entropy
+
+__all__ = ["IGNORED", "Teaching", "asked_for", "chunked_loss", "logits_of", "predicted", "shifted"]
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ def chunked_loss(
     if chunk < 1:
         raise ValueError(f"loss_chunk is {chunk}; give at least 1, better some thousands")
 
-    def cross_entropy(hidden: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(logits_of(hidden).float(), wanted, ignore_index=IGNORED, reduction="sum")
+    def entropy(hidden: Tensor, wanted: Tensor) -> Tensor:
+        return cross_entropy(logits_of(hidden), wanted)
 
     def divergence(hidden: Tensor, wanted: Tensor, theirs: Tensor) -> Tensor:
         assert teaching is not None
@@ -85,7 +87,7 @@ def chunked_loss(
         lost = F.kl_div(ours, taught, reduction="none", log_target=True).sum(dim=-1)
         return lost.masked_fill(wanted == IGNORED, 0.0).sum()
 
-    total = _summed(cross_entropy, hidden_states, targets, chunk=chunk)
+    total = _summed(entropy, hidden_states, targets, chunk=chunk)
     if teaching is not None:
         first = slice(teaching.hidden_states.shape[1])
         taught = hidden_states[:, first], targets[:, first], teaching.hidden_states

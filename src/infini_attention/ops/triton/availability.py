@@ -25,7 +25,7 @@ def obstacle(device: torch.device, dtype: torch.dtype, width: int, normalization
         return f"the fused kernels take heads of at most {MAX_WIDTH} features and values, not {width}"
     if normalization != "sum":
         return f"the fused kernels have no normalization {normalization!r}, only 'sum'"
-    return _missing(device)
+    return missing(device)
 
 
 def weights_obstacle(weights: Tensor | None) -> str | None:
@@ -38,7 +38,8 @@ def weights_obstacle(weights: Tensor | None) -> str | None:
 
 
 @lru_cache(maxsize=16)
-def _missing(device: torch.device) -> str | None:
+def missing(device: torch.device) -> str | None:
+    """Why no kernel can be compiled for `device`, in words; None when they can."""
     try:
         installed = version("triton")
     except PackageNotFoundError:
