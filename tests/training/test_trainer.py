@@ -233,6 +233,24 @@ def test_inputs_that_are_cut_count_the_tokens_that_are_left(
     torch.testing.assert_close(loss, model(**drawn, use_cache=False).loss.detach())
 
 
+def test_inputs_that_are_cut_keep_the_last_tokens_that_are_asked_for(
+    make_trainer: Callable[..., InfiniTrainer],
+) -> None:
+    """As the last window of a document is filled up."""
+    trainer = make_trainer(least_segments=2, curriculum_steps=1000)
+    ids = torch.arange(40).repeat(2, 1)
+    targets = ids.masked_fill(ids >= 19, -100)
+    targets[1, 9:] = -100
+    (drawn,), count = trainer.get_batch_samples(
+        iter([{"input_ids": ids, "shift_labels": targets}]), 1, torch.device("cpu")
+    )
+    assert drawn["input_ids"].tolist() == [list(range(8, 24))] * 2
+    assert count == 19 - 8 + 9 - 8
+    nothing = {"input_ids": ids, "shift_labels": torch.full_like(ids, -100)}
+    (drawn,), _ = trainer.get_batch_samples(iter([nothing]), 1, torch.device("cpu"))
+    assert drawn["input_ids"].shape == (2, 16)
+
+
 def test_the_curriculum_lengthens_inputs(
     make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM
 ) -> None:

@@ -25,7 +25,8 @@ class InfiniTrainingArguments(TrainingArguments):
             for inputs of whole segments; the fused kernels do not have them. See `ops.copies`.
         repeat_start_step: before it no segment repeats.
         repeat_warmup_steps: from there the ceiling grows from 1, by the same factor every step, over so many.
-        least_segments: inputs are cut to a random number of whole segments from here up; None for never.
+        least_segments: inputs are cut to a random number of whole segments from here up, the last ones that
+            predict something; None for never.
         curriculum_steps: the most segments that are drawn grow from `least_segments` to all over so many
             steps; 0 for all from the first.
         loss_chunk: tokens whose logits exist at once.

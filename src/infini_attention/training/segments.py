@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infini_attention.models.loss import IGNORED
+
 
 def repeated_segments(
     rows: int, segments: int, ceiling: float, *, generator: torch.Generator | None = None
@@ -47,6 +49,13 @@ def most_segments(segments: int, least: int, curriculum_steps: int, step: int) -
     if not curriculum_steps:
         return segments
     return least + int((segments - least) * min(1.0, step / curriculum_steps))
+
+
+def last_asked(targets: Tensor, segment_length: int) -> int:
+    """Where the last segment ends in which any of (rows, length) targets predicts something, or 0."""
+    asked = (targets != IGNORED).any(dim=0).nonzero()
+    end = 0 if asked.numel() == 0 else int(asked[-1]) + 1
+    return min(targets.shape[1], -(-end // segment_length) * segment_length)
 
 
 def cut(inputs: dict[str, Any], span: slice) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from infini_attention.models.adapters import is_adapted, save_config
 from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.models.inputs import packed_documents
-from infini_attention.models.loss import predicted
+from infini_attention.models.loss import predicted, shifted
 from infini_attention.models.observe import Observation, gate_logits, gated_layers, observe
 from infini_attention.training.arguments import InfiniTrainingArguments
 from infini_attention.training.averaging import AveragedWeights
@@ -31,6 +31,7 @@ from infini_attention.training.graphs import GraphedSteps
 from infini_attention.training.parameters import parameter_groups
 from infini_attention.training.segments import (
     cut,
+    last_asked,
     most_segments,
     repeated_segments,
     risen,
@@ -323,7 +324,9 @@ class InfiniTrainer(Trainer):
                 length // size, args.least_segments, args.curriculum_steps, self.state.global_step
             )
             length = some_segments(most * size, size, args.least_segments, generator=self._random)
-            inputs = cut(inputs, slice(-length, None))
+            targets = shifted(inputs.get("labels"), inputs.get("shift_labels"))
+            end = max(length, last_asked(targets, size))  # rows may be filled up after it
+            inputs = cut(inputs, slice(end - length, end))
         if args.repeat_ceiling > 1:
             counts = [length] * rows if documents is None else documents
             segments = max(math.ceil(count / size) for count in counts)
