@@ -1,6 +1,6 @@
 """Cross entropy in two kernels: each reads a token's logits in their own dtype, and computes in fp32.
 
-A target outside the vocabulary, other than the ignored one, gives NaN.
+Logits whose target is ignored are not read. Any other target outside the vocabulary gives NaN.
 """
 
 from typing import Any
@@ -21,19 +21,23 @@ def losses_kernel(
     """-log softmax at the target, and log sum exp; of one token a program."""
     token = tl.program_id(0)
     target = tl.load(targets_T + token)
-    row, columns = logits_TV + token.to(tl.int64) * stride, tl.arange(0, BLOCK)
-    # Finite at first, as a block of -inf alone would make NaN of -inf.
-    greatest, total = -1e38, 0.0
-    for start in range(0, V, BLOCK):
-        x = tl.load(row + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
-        above = tl.maximum(greatest, tl.max(x, axis=0))
-        total = total * tl.exp(greatest - above) + tl.sum(tl.exp(x - above), axis=0)
-        greatest = above
-    norm = greatest + tl.log(total)
-    inside = (target >= 0) & (target < V)
-    logit = tl.load(row + target, mask=inside, other=float("nan")).to(tl.float32)
-    tl.store(losses_T + token, tl.where(target == IGNORED, 0.0, norm - logit))
-    tl.store(norms_T + token, norm)
+    if target == IGNORED:
+        tl.store(losses_T + token, 0.0)
+        tl.store(norms_T + token, 0.0)
+    else:
+        row, columns = logits_TV + token.to(tl.int64) * stride, tl.arange(0, BLOCK)
+        # Finite at first, as a block of -inf alone would make NaN of -inf.
+        greatest, total = -1e38, 0.0
+        for start in range(0, V, BLOCK):
+            x = tl.load(row + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
+            above = tl.maximum(greatest, tl.max(x, axis=0))
+            total = total * tl.exp(greatest - above) + tl.sum(tl.exp(x - above), axis=0)
+            greatest = above
+        norm = greatest + tl.log(total)
+        inside = (target >= 0) & (target < V)
+        logit = tl.load(row + target, mask=inside, other=float("nan")).to(tl.float32)
+        tl.store(losses_T + token, norm - logit)
+        tl.store(norms_T + token, norm)
 
 
 @triton.jit
@@ -50,11 +54,12 @@ def losses_backward_kernel(
 ):
     """(softmax - 1 at the target) times the loss's gradient; a block of one token's logits a program."""
     token, columns = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    target, norm = tl.load(targets_T + token), tl.load(norms_T + token)
-    place = token.to(tl.int64)
-    x = tl.load(logits_TV + place * stride + columns, mask=columns < V, other=0.0).to(tl.float32)
-    grad = (tl.exp(x - norm) - (columns == target).to(tl.float32)) * tl.load(grad_losses_T + token)
-    grad = tl.where(target == IGNORED, 0.0, grad)
+    target, place = tl.load(targets_T + token), token.to(tl.int64)
+    grad = tl.zeros([BLOCK], tl.float32)
+    if target != IGNORED:
+        x = tl.load(logits_TV + place * stride + columns, mask=columns < V, other=0.0).to(tl.float32)
+        share = tl.exp(x - tl.load(norms_T + token))
+        grad = (share - (columns == target).to(tl.float32)) * tl.load(grad_losses_T + token)
     tl.store(grad_logits_TV + place * V + columns, grad, mask=columns < V)
 
 
