@@ -279,11 +279,12 @@ def test_an_adapter_is_trained_and_goes_on_and_is_trained_on(
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
     onto = [f"--model.base={folder}/model", "--model.lora=null", f"--training.output_dir={tmp_path}/on"]
     with pytest.raises(SystemExit):
-        trained(*onto)
-    assert "has memories already, and model.segment_length would change" in capsys.readouterr().err
-    onto += ["--model.segment_length=2048", "--data.tokenizer=null"]
+        trained(*onto, "--model.update_rule=delta")
+    assert "has memories already, and model.update_rule would change" in capsys.readouterr().err
+    onto += ["--data.tokenizer=null", "--model.segment_length=4"]
     assert trained(*onto)["validation_loss"] < figures["validation_loss"]
     assert is_adapter(tmp_path / "on" / "model")
+    assert load_model(tmp_path / "on" / "model").config.segment_length == 4
     with pytest.raises(ValueError, match=r"has memories already, and model.lora would change them"):
         recipe = read_recipe(path, [*onto, "--model.lora={rank: 4}"]).recipe
         make_model(recipe.model, 256)
@@ -328,13 +329,15 @@ def test_a_run_that_never_finished_a_checkpoint_starts_anew(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 6
 
 
-def test_a_base_that_has_memories_keeps_its_own(tmp_path: Path) -> None:
+def test_a_base_that_has_memories_keeps_its_own_but_for_the_segments_length(tmp_path: Path) -> None:
     reading = read_recipe(write(tmp_path))
     train(reading.recipe, reading.text)
     base = ["--model.sizes={}", f"--model.base={tmp_path}/run/model", "--data.tokenizer=null"]
-    with pytest.raises(ValueError, match=r"has memories already, and model.segment_length would change them"):
-        make_model(read_recipe(tmp_path / "recipe.yaml", base).recipe.model, 256)
-    base.append("--model.segment_length=2048")
+    for given, expected in (("null", reading.recipe.model.segment_length), ("4", 4)):
+        recipe = read_recipe(
+            tmp_path / "recipe.yaml", [*base, f"--model.segment_length={given}"]
+        ).recipe.model
+        assert make_model(recipe, 256).config.segment_length == segment_length_of(recipe) == expected
     with pytest.raises(ValueError, match=r"memories already, and model.normalization would change them"):
         other = [*base, "--model.normalization=none"]
         make_model(read_recipe(tmp_path / "recipe.yaml", other).recipe.model, 256)

@@ -18,6 +18,9 @@ from infini_attention.models.memory_off import SHUT
 from infini_attention.ops.options import check_choice
 from infini_attention.training.recipe import SETTINGS_OF_BASELINES, SETTINGS_OF_MEMORIES, ModelRecipe
 
+SEGMENT_LENGTH = 2048
+"""Tokens a segment where neither a recipe nor its base says otherwise: the paper's."""
+
 
 def make_model(recipe: ModelRecipe, vocab_size: int) -> Any:
     """The model, in fp32: fresh, retrofitted, or as it is where it has memories; raises ValueError.
@@ -27,7 +30,7 @@ def make_model(recipe: ModelRecipe, vocab_size: int) -> Any:
     if recipe.baseline is not None:
         return _fresh_baseline(recipe, vocab_size)
     settings: dict[str, Any] = {
-        "segment_length": recipe.segment_length,
+        "segment_length": segment_length_of(recipe),
         "update_rule": recipe.update_rule,
         "feature_map": recipe.feature_map,
         "normalization": recipe.normalization,
@@ -55,10 +58,13 @@ def _on_base(recipe: ModelRecipe, settings: dict[str, Any]) -> Any:
     assert recipe.base is not None
     if is_adapter(Path(recipe.base)):
         _refuse_memory_settings(recipe, "lora")
-        return load_adapter(Path(recipe.base), partial(load_model, dtype=torch.float32))
+        model = load_adapter(Path(recipe.base), partial(load_model, dtype=torch.float32))
+        model.config.segment_length = settings["segment_length"]
+        return model
     model = load_model(recipe.base, dtype=torch.float32)
     if isinstance(model.config, InfiniConfigMixin):
         _refuse_memory_settings(recipe)
+        model.config.segment_length = settings["segment_length"]
     else:
         gate_init = -4.0 if recipe.gate_init is None else recipe.gate_init
         model = retrofit(model, layers=recipe.layers, gate_init=gate_init, **settings)
@@ -66,17 +72,19 @@ def _on_base(recipe: ModelRecipe, settings: dict[str, Any]) -> Any:
 
 
 def segment_length_of(recipe: ModelRecipe) -> int:
-    """Tokens a segment of the model that `make_model` makes: those of a base that has memories already."""
+    """Tokens a segment of the model that `make_model` makes."""
+    if recipe.segment_length is not None:
+        return recipe.segment_length
     if recipe.base is not None and (Path(recipe.base) / "config.json").is_file():
         config = AutoConfig.from_pretrained(recipe.base)
         if isinstance(config, InfiniConfigMixin):
             return config.segment_length
-    return recipe.segment_length
+    return SEGMENT_LENGTH
 
 
 def _refuse_memory_settings(recipe: ModelRecipe, *more: str) -> None:
     """Raise ValueError for settings of a memory, and `more`, that a base with memories has already."""
-    names = (*more, "segment_length", *SETTINGS_OF_MEMORIES, "gate_init")
+    names = (*more, *SETTINGS_OF_MEMORIES, "gate_init")
     given = [name for name in names if getattr(recipe, name) != getattr(ModelRecipe(), name)]
     if given:
         raise ValueError(
@@ -93,9 +101,10 @@ def _fresh(recipe: ModelRecipe, vocab_size: int, settings: dict[str, Any]) -> An
 def _fresh_baseline(recipe: ModelRecipe, vocab_size: int) -> Any:
     assert recipe.baseline is not None
     check_choice("model.baseline", recipe.baseline, list(BASELINES))
-    names = ("segment_length", *SETTINGS_OF_BASELINES.get(recipe.baseline, ()))
+    names = SETTINGS_OF_BASELINES.get(recipe.baseline, ())
     settings = {name: value for name in names if (value := getattr(recipe, name)) is not None}
-    return _of_sizes(recipe, BASELINES[recipe.baseline], vocab_size, settings, {*names})
+    settings["segment_length"] = segment_length_of(recipe)
+    return _of_sizes(recipe, BASELINES[recipe.baseline], vocab_size, settings, {*names, "segment_length"})
 
 
 def _of_sizes(

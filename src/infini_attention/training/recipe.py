@@ -59,7 +59,8 @@ class ModelRecipe:
             transformer_xl, memorizing, linear_attention or recurrent_memory. None for Infini-attention.
         sizes: Fields of the family's config, for fresh weights, and of the baseline's, such as window;
             the vocabulary's size comes from the data.
-        segment_length: Tokens a segment.
+        segment_length: Tokens a segment; by default 2,048, or the base's, which can go on with another where
+            it has memories.
         update_rule: linear or delta.
         feature_map: Of the memory, also of linear_attention.
         normalization: Of what the memory answers: sum, root, none or unit.
@@ -79,7 +80,7 @@ class ModelRecipe:
     family: str = "llama"
     baseline: str | None = None
     sizes: dict[str, Any] = field(default_factory=dict)
-    segment_length: int = 2048
+    segment_length: int | None = None
     update_rule: str = "linear"
     feature_map: str = "elu1"
     normalization: str = "sum"
