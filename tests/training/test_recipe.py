@@ -338,6 +338,8 @@ def test_a_base_that_has_memories_keeps_its_own_but_for_the_segments_length(tmp_
             tmp_path / "recipe.yaml", [*base, f"--model.segment_length={given}"]
         ).recipe.model
         assert make_model(recipe, 256).config.segment_length == segment_length_of(recipe) == expected
+    packaged = ModelRecipe(base="passkey")
+    assert make_model(packaged, 256).config.segment_length == segment_length_of(packaged) == 128
     with pytest.raises(ValueError, match=r"memories already, and model.normalization would change them"):
         other = [*base, "--model.normalization=none"]
         make_model(read_recipe(tmp_path / "recipe.yaml", other).recipe.model, 256)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from infini_attention.assets import cache_directory, find_packaged
 from infini_attention.models import families as families  # its types become known to AutoModelForCausalLM
@@ -92,14 +92,30 @@ def load_tokenizer(name_or_path: str | PathLike[str]) -> Any:
         ) from error
 
 
+def memory_config(name_or_path: str | PathLike[str]) -> InfiniConfigMixin | None:
+    """The config of what `load_model` loads, if that has memories."""
+    place = _resolve(name_or_path, "model")
+    if place.endswith(".gguf"):
+        return None
+    try:
+        config = AutoConfig.from_pretrained(place)
+    except OSError as error:
+        raise _no_model(place, error) from error
+    return config if isinstance(config, InfiniConfigMixin) else None
+
+
 def _load(place: str, dtype: torch.dtype | None) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(place, dtype="auto" if dtype is None else dtype)
     except OSError as error:
-        raise ValueError(
-            f"model {place!r} is neither a folder with a model nor a name that can be loaded; give one, a "
-            f"GGUF file or an alias, {PASSKEY!r} or {SMOLLM2!r} ({error})"
-        ) from error
+        raise _no_model(place, error) from error
+
+
+def _no_model(place: str, error: OSError) -> ValueError:
+    return ValueError(
+        f"model {place!r} is neither a folder with a model nor a name that can be loaded; give one, a "
+        f"GGUF file or an alias, {PASSKEY!r} or {SMOLLM2!r} ({error})"
+    )
 
 
 def _resolve(name_or_path: str | PathLike[str], wanted: str) -> str:

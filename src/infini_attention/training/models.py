@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
 
 from infini_attention.baselines import BASELINES
 from infini_attention.layers import MemoryGate
 from infini_attention.models import FAMILIES, load_model, retrofit
 from infini_attention.models.adapters import add_adapter, is_adapter, load_adapter
 from infini_attention.models.config import InfiniConfigMixin
+from infini_attention.models.loading import memory_config
 from infini_attention.models.memory_off import SHUT
 from infini_attention.ops.options import check_choice
 from infini_attention.training.recipe import SETTINGS_OF_BASELINES, SETTINGS_OF_MEMORIES, ModelRecipe
@@ -75,11 +75,8 @@ def segment_length_of(recipe: ModelRecipe) -> int:
     """Tokens a segment of the model that `make_model` makes."""
     if recipe.segment_length is not None:
         return recipe.segment_length
-    if recipe.base is not None and (Path(recipe.base) / "config.json").is_file():
-        config = AutoConfig.from_pretrained(recipe.base)
-        if isinstance(config, InfiniConfigMixin):
-            return config.segment_length
-    return SEGMENT_LENGTH
+    config = None if recipe.base is None else memory_config(recipe.base)
+    return SEGMENT_LENGTH if config is None else config.segment_length
 
 
 def _refuse_memory_settings(recipe: ModelRecipe, *more: str) -> None:
