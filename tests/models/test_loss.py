@@ -43,6 +43,11 @@ def test_a_steps_whole_count_divides_the_loss(llama, make_tokens):
     torch.testing.assert_close(whole, chunked)
 
 
+def test_labels_of_another_shape_are_refused(llama, make_tokens):
+    with pytest.raises(ValueError, match=r"labels are \(2, 24\), and there are \(2, 30\) tokens"):
+        llama(make_tokens(2, 30), labels=make_tokens(2, 24), use_cache=False, loss_chunk=8)
+
+
 def test_logits_are_those_of_forward(model, make_tokens):
     output = model(make_tokens(1, 20), output_hidden_states=True)
     torch.testing.assert_close(model.logits_of(output.hidden_states[-1]), output.logits)

@@ -58,7 +58,7 @@ def test_a_normalization_that_the_kernels_lack_gets_the_other_backend(normalizat
     assert f"the fused kernels have no normalization '{normalization}'" in words
 
 
-def test_amissing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 

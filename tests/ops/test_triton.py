@@ -4,6 +4,7 @@ Triton decides when it is imported whether it interprets, so these run in a proc
 `make test` starts one with TRITON_INTERPRET=1.
 """
 
+import math
 import os
 from dataclasses import replace
 from typing import Any
@@ -336,7 +337,12 @@ def test_cross_entropy_of_nothing_and_of_what_is_no_number() -> None:
     logits = torch.randn(2, 8)
     assert cross_entropy(logits[:0], torch.tensor([], dtype=torch.long)) == 0
     assert cross_entropy(logits * float("nan"), torch.full((2,), IGNORED)) == 0
-    assert cross_entropy(logits, torch.tensor([1, 8])).isnan()  # no such token
+    leaf = logits.clone().requires_grad_()
+    loss = cross_entropy(leaf, torch.tensor([1, 8]))  # no such token
+    assert loss.isnan() and torch.autograd.grad(loss, leaf)[0][1].isnan().all()
+    assert cross_entropy(torch.full((1, 8), -2e38), torch.tensor([1])).item() == pytest.approx(math.log(8))
+    with pytest.raises(ValueError, match=r"targets are \(3,\) and logits \(2, 8\); give one target a token"):
+        cross_entropy(logits, torch.tensor([1, 2, 3]))
     assert cross_entropy(logits.index_fill(1, torch.tensor([3]), float("nan")), torch.tensor([1, 2])).isnan()
 
 

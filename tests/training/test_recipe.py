@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from infini_attention.baselines import BASELINES
 from infini_attention.cli import main
 from infini_attention.data.tokenizers import open_tokenizer
 from infini_attention.models import FAMILIES, load_model
-from infini_attention.models.adapters import is_adapter
+from infini_attention.models.adapters import is_adapter, save_config
 from infini_attention.training.estimate import _counting, _kept
 from infini_attention.training.material import load_material
 from infini_attention.training.models import make_model, segment_length_of
-from infini_attention.training.recipe import ModelRecipe, read_recipe
+from infini_attention.training.recipe import LoraRecipe, ModelRecipe, read_recipe
 from infini_attention.training.run import dry_run, train
 
 FOLDER = Path(__file__).parents[2] / "recipes"
@@ -338,6 +339,12 @@ def test_a_base_that_has_memories_keeps_its_own_but_for_the_segments_length(tmp_
             tmp_path / "recipe.yaml", [*base, f"--model.segment_length={given}"]
         ).recipe.model
         assert make_model(recipe, 256).config.segment_length == segment_length_of(recipe) == expected
+    with pytest.raises(ValueError, match=r"segment_length is 0; give a whole number of at least 1"):
+        make_model(replace(recipe, segment_length=0), 256)
+    with_adapter = make_model(replace(recipe, lora=LoraRecipe(rank=2)), 256)
+    with_adapter.save_pretrained(tmp_path / "adapter")
+    save_config(with_adapter, tmp_path / "adapter")
+    assert load_model(tmp_path / "adapter").config.segment_length == 4  # the base's is another
     packaged = ModelRecipe(base="passkey")
     assert make_model(packaged, 256).config.segment_length == segment_length_of(packaged) == 128
     with pytest.raises(ValueError, match=r"memories already, and model.normalization would change them"):

@@ -230,7 +230,7 @@ def test_inputs_that_are_cut_count_the_tokens_that_are_left(
     (drawn,), count = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
     assert count == 3 * (2 * SEGMENT - 1)
     loss = trainer.training_step(model.train(), drawn, num_items_in_batch=count)
-    torch.testing.assert_close(loss, model(**drawn, use_cache=False).loss.detach())
+    torch.testing.assert_close(loss, model(**drawn, use_cache=False, loss_chunk=64).loss.detach())
 
 
 def test_inputs_that_are_cut_keep_the_last_tokens_that_are_asked_for(
@@ -246,6 +246,8 @@ def test_inputs_that_are_cut_keep_the_last_tokens_that_are_asked_for(
     )
     assert drawn["input_ids"].tolist() == [list(range(8, 24))] * 2
     assert count == 19 - 8 + 9 - 8
+    labels = torch.full_like(ids, -100).index_fill(1, torch.tensor([16]), 3)  # where token 15 ends a segment
+    assert trainer.get_batch_samples(iter([{"input_ids": ids, "labels": labels}]), 1, ids.device)[1] == 2
     nothing = {"input_ids": ids, "shift_labels": torch.full_like(ids, -100)}
     (drawn,), _ = trainer.get_batch_samples(iter([nothing]), 1, torch.device("cpu"))
     assert drawn["input_ids"].shape == (2, 16)

@@ -73,8 +73,11 @@ def load_adapter(folder: Path, load_base: Callable[[str], Any]) -> Any:
     if name is None:
         raise ValueError(f"{folder / PEFT_CONFIG} names no base; write it there as base_model_name_or_path")
     model = load_base(name)
-    if not isinstance(model.config, InfiniConfigMixin):
-        model = with_memories(model, memory_settings(AutoConfig.from_pretrained(folder)))
+    config = AutoConfig.from_pretrained(folder)
+    if isinstance(model.config, InfiniConfigMixin):
+        model.config.segment_length = config.segment_length  # which may be another than its base's
+    else:
+        model = with_memories(model, memory_settings(config))
     return _by_itself(PeftModel.from_pretrained(model, folder, is_trainable=True))
 
 

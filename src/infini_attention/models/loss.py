@@ -76,6 +76,11 @@ def chunked_loss(
     """
     if chunk < 1:
         raise ValueError(f"loss_chunk is {chunk}; give at least 1, better some thousands")
+    if targets.shape != hidden_states.shape[:-1]:
+        raise ValueError(
+            f"labels are {tuple(targets.shape)}, and there are {tuple(hidden_states.shape[:-1])} tokens; "
+            "give one label a token"
+        )
 
     def entropy(hidden: Tensor, wanted: Tensor) -> Tensor:
         return cross_entropy(logits_of(hidden), wanted)

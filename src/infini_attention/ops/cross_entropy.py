@@ -19,7 +19,14 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     Args:
         logits: (tokens, vocabulary).
         targets: (tokens,) int64, IGNORED for nothing.
+
+    Raises:
+        ValueError: not one target a token.
     """
+    if targets.shape != logits.shape[:1]:
+        raise ValueError(
+            f"targets are {tuple(targets.shape)} and logits {tuple(logits.shape)}; give one target a token"
+        )
     # torch.compile makes kernels of its own.
     if not torch.compiler.is_compiling() and missing(logits.device) is None:
         from infini_attention.ops.triton.cross_entropy import TokenLosses

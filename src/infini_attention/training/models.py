@@ -59,16 +59,25 @@ def _on_base(recipe: ModelRecipe, settings: dict[str, Any]) -> Any:
     if is_adapter(Path(recipe.base)):
         _refuse_memory_settings(recipe, "lora")
         model = load_adapter(Path(recipe.base), partial(load_model, dtype=torch.float32))
-        model.config.segment_length = settings["segment_length"]
-        return model
+        return _with_segments(model, settings["segment_length"])
     model = load_model(recipe.base, dtype=torch.float32)
     if isinstance(model.config, InfiniConfigMixin):
         _refuse_memory_settings(recipe)
-        model.config.segment_length = settings["segment_length"]
+        model = _with_segments(model, settings["segment_length"])
     else:
         gate_init = -4.0 if recipe.gate_init is None else recipe.gate_init
         model = retrofit(model, layers=recipe.layers, gate_init=gate_init, **settings)
     return model if recipe.lora is None else add_adapter(model, **vars(recipe.lora))
+
+
+def _with_segments(model: Any, segment_length: int) -> Any:
+    """A model with memories, its segments so long; raises ValueError for a length that it cannot have."""
+    model.config.segment_length = segment_length
+    try:
+        model.config.validate()
+    except StrictDataclassError as error:
+        raise ValueError(f"model.segment_length is {segment_length}: {error}") from error
+    return model
 
 
 def segment_length_of(recipe: ModelRecipe) -> int:

@@ -326,7 +326,9 @@ class InfiniTrainer(Trainer):
             length = some_segments(most * size, size, args.least_segments, generator=self._random)
             targets = shifted(inputs.get("labels"), inputs.get("shift_labels"))
             end = max(length, last_asked(targets, size))  # rows may be filled up after it
-            inputs = cut(inputs, slice(end - length, end))
+            inputs.pop("labels", None)  # of which a cut would lose the last token's
+            inputs = cut(inputs | {"shift_labels": targets}, slice(end - length, end))
+            repeatable = None if repeatable is None else repeatable[:, : math.ceil(end / size)]
         if args.repeat_ceiling > 1:
             counts = [length] * rows if documents is None else documents
             segments = max(math.ceil(count / size) for count in counts)

@@ -27,16 +27,16 @@ def losses_kernel(
     else:
         row, columns = logits_TV + token.to(tl.int64) * stride, tl.arange(0, BLOCK)
         # Finite at first, as a block of -inf alone would make NaN of -inf.
-        greatest, total = -1e38, 0.0
+        greatest, total = -3.4e38, 0.0
         for start in range(0, V, BLOCK):
             x = tl.load(row + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32)
             above = tl.maximum(greatest, tl.max(x, axis=0))
             total = total * tl.exp(greatest - above) + tl.sum(tl.exp(x - above), axis=0)
             greatest = above
-        norm = greatest + tl.log(total)
         inside = (target >= 0) & (target < V)
-        logit = tl.load(row + target, mask=inside, other=float("nan")).to(tl.float32)
-        tl.store(losses_T + token, norm - logit)
+        norm = tl.where(inside, greatest + tl.log(total), float("nan"))
+        logit = tl.load(row + target, mask=inside, other=0.0).to(tl.float32)
+        tl.store(losses_T + token, tl.where(inside, tl.log(total) + (greatest - logit), float("nan")))
         tl.store(norms_T + token, norm)
 
 
@@ -76,7 +76,8 @@ class TokenLosses(torch.autograd.Function):
         ctx.options["BLOCK"] = min(MAX_BLOCK, triton.next_power_of_2(vocabulary))
         if tokens:
             sizes = logits.stride(0), vocabulary
-            losses_kernel[(tokens,)](logits, targets, losses, norms, *sizes, **ctx.options)
+            with torch.cuda.device_of(logits):
+                losses_kernel[(tokens,)](logits, targets, losses, norms, *sizes, **ctx.options)
         ctx.save_for_backward(logits, targets, norms)
         return losses
 
@@ -90,5 +91,6 @@ class TokenLosses(torch.autograd.Function):
         if tokens:
             programs, sizes = triton.cdiv(vocabulary, ctx.options["BLOCK"]), (logits.stride(0), vocabulary)
             tensors = logits, targets, norms, grad_losses.contiguous(), grad_logits
-            losses_backward_kernel[(tokens, programs)](*tensors, *sizes, **ctx.options)
+            with torch.cuda.device_of(logits):
+                losses_backward_kernel[(tokens, programs)](*tensors, *sizes, **ctx.options)
         return grad_logits, None, None
