@@ -10,6 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from infini_attention.models import retrofit
 from infini_attention.training.arguments import InfiniTrainingArguments
 from infini_attention.training.graphs import GraphedSteps
+from infini_attention.training.models import make_model
+from infini_attention.training.recipe import ModelRecipe
 from infini_attention.training.trainer import InfiniTrainer
 
 if not torch.cuda.is_available():
@@ -21,6 +23,14 @@ MEMORIES: list[dict[str, Any]] = [
     {"update_rule": "linear", "feature_map": "elu1"},
     {"update_rule": "delta", "feature_map": "exp", "short_convolution": 4},
 ]
+
+SIZES: dict[str, dict[str, Any]] = {
+    "transformer_xl": {},
+    "memorizing": {"neighbors": 4},
+    "recurrent_memory": {"memory_tokens": 4},
+    "sliding_window": {"window": 16, "sinks": 2},
+    "full": {},
+}
 
 
 class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -57,6 +67,13 @@ def test_weights_of_segments_are_read_anew_by_every_replay(tmp_path: Path) -> No
     torch.testing.assert_close(captured, losses, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("memory", MEMORIES, ids=lambda memory: memory["update_rule"])
+def test_captured_steps_may_be_compiled(memory: dict[str, Any], tmp_path: Path) -> None:
+    expected, _ = trained(memory, False, False, tmp_path, repeat_ceiling=50.0)
+    losses, _ = trained(memory, False, True, tmp_path, repeat_ceiling=50.0, torch_compile=True)
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_what_a_replay_draws_does_not_depend_on_when_it_was_captured() -> None:
     module, batch = torch.nn.Linear(64, 1, bias=False).cuda(), {"x": torch.ones(8, 64, device="cuda")}
 
@@ -70,8 +87,15 @@ def test_what_a_replay_draws_does_not_depend_on_when_it_was_captured() -> None:
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("baseline", [*SIZES])
+def test_captured_steps_train_baselines_as_others_do(baseline: str, tmp_path: Path) -> None:
+    memory = {"baseline": baseline}
+    (losses, _), (captured, _) = (trained(memory, False, graphs, tmp_path) for graphs in (False, True))
+    torch.testing.assert_close(captured, losses, rtol=1e-4, atol=1e-4)
+
+
 def trained(
-    memory: dict[str, Any], bf16: bool, graphs: bool, folder: Path, **settings: float
+    memory: dict[str, Any], bf16: bool, graphs: bool, folder: Path, **settings: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of every step, and all weights after the last."""
     args = InfiniTrainingArguments(
@@ -95,6 +119,9 @@ def trained(
 def small(memory: dict[str, Any]) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if baseline := memory.get("baseline"):
+        recipe = ModelRecipe(baseline=baseline, sizes=sizes | SIZES[baseline], segment_length=SEGMENT)
+        return make_model(recipe, 64).train()
     base = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=1, **sizes))
     return retrofit(base, segment_length=SEGMENT, gate_init=0.0, **memory).train()
 

@@ -35,6 +35,8 @@ class SegmentAttentionMixin(FamilyAttentionMixin):
 
     state_class: type[SegmentState] = SegmentState
 
+    # What is cached differs from segment to segment, and for each all would be compiled anew.
+    @torch.compiler.disable
     def forward(
         self, hidden_states: Tensor, *, position_embeddings: Rotation, piece: Piece, **kwargs: Any
     ) -> tuple[Tensor, None]:

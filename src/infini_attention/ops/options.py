@@ -1,6 +1,7 @@
 """What a backend is given: checked tensors and checked settings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -91,6 +92,22 @@ def autocast_type(device: torch.device) -> str:
     return "cpu" if device.type == "meta" else device.type
 
 
+_captured = False
+
+
+@contextmanager
+def as_captured() -> Iterator[None]:
+    """Everything here does what it does in the capture of a CUDA graph: so that what warms up for one meets
+    the same shapes, for which kernels are compiled, as they cannot be in the capture itself.
+    """
+    global _captured
+    before, _captured = _captured, True
+    try:
+        yield
+    finally:
+        _captured = before
+
+
 def capturing(x: Tensor) -> bool:
     """Whether a CUDA graph is being captured, so that no value of `x` may be looked at."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    return x.is_cuda and (_captured or torch.cuda.is_current_stream_capturing())

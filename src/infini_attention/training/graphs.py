@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infini_attention.ops.options import as_captured
+
 Inputs = dict[str, Any]
 WARM_UPS = 3  # steps before a capture, in which kernels are compiled and libraries allocate
 
@@ -32,7 +34,8 @@ class GraphedSteps:
         """The loss, 0-dim; gradients are in the parameters."""
         shapes = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
         if shapes not in self._captured:
-            self._captured[shapes] = self._capture(inputs)
+            with as_captured():
+                self._captured[shapes] = self._capture(inputs)
         graph, places, loss = self._captured[shapes]
         for name, place in places.items():
             place.copy_(inputs[name], non_blocking=True)

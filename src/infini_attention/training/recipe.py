@@ -306,7 +306,6 @@ class Recipe:
             "data.pack": self.data.pack,
             "training.carry_memory": training.carry_memory,
             "training.context_parallel_size": training.context_parallel_size > 1,
-            "training.cuda_graphs": training.cuda_graphs,  # not tried
             "training.observe_steps": training.observe_steps > 0,
             "training.repeat_ceiling": training.repeat_ceiling > 1,
         }
