@@ -60,6 +60,17 @@ def test_gates_learn_the_copy_task_as_was_published(tmp_path: Path, monkeypatch:
         assert found[name] == pytest.approx(published[name], abs=AFTER_TRAINING), name
 
 
+@pytest.mark.parametrize("texts", ["books", "maths"])
+def test_language_models_compare_as_was_published(
+    texts: str, capsys: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    published = (RESULTS / f"2026-11-27-h200x4-lm-{texts}.txt").read_text()
+    main(["table", "lm", *map(str, sorted(Path("results/lm-small", texts).glob("*.json")))])
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) > 20 and {*lines} <= {*published.splitlines()}
+
+
 @pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="needs benchmarks/, which only a checkout has")
 def test_gates_in_bfloat16_do_not_move_as_was_published(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -35,7 +36,7 @@ def rows(count: int = 16, length: int = 40) -> list[dict[str, torch.Tensor]]:
 
 @pytest.fixture
 def make_trainer(model: LlamaForCausalLM, tmp_path: Path) -> Callable[..., InfiniTrainer]:
-    def make(**settings: Any) -> InfiniTrainer:
+    def make(model: LlamaForCausalLM = model, **settings: Any) -> InfiniTrainer:
         fixed = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 1e-3}
         fixed |= {"report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
         args = InfiniTrainingArguments(output_dir=str(tmp_path), **(fixed | settings))
@@ -389,6 +390,25 @@ def test_what_says_that_it_must_not_repeat_counts_once(make_trainer: Callable[..
     weights = drawn["segment_weights"]
     assert (weights[:, [1, 4]] == 1).all()
     assert (weights[:, [0, 2, 3]] > 1).any(dim=0).all()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++, which is missing")
+def test_compiled_layers_train_as_others_do_and_are_compiled_once(
+    make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM
+) -> None:
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    losses, weights = [], []
+    for compiled in (False, True):
+        trainer = make_trainer(deepcopy(model), torch_compile=compiled, repeat_ceiling=20.0)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        weights.append(trainer.model.state_dict())
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 6  # a layer and what is around the layers, not every layer
+    assert not counters["graph_break"]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-4)
 
 
 def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from infini_attention.models.loss import Teaching, asked_for, chunked_loss, logi
 from infini_attention.models.runs import in_runs
 from infini_attention.ops import MemoryState, segment_positions
 from infini_attention.ops.context_parallel import tokens_before
-from infini_attention.ops.options import capturing
+from infini_attention.ops.options import unreadable
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
@@ -384,7 +384,7 @@ class InfiniForCausalLMMixin(InfiniPreTrainedMixin):
         count = kwargs.pop("num_items_in_batch", None)
         hidden = self.model(**kwargs).last_hidden_state
         # A task's labels ask for little of what is read; how little, no graph knows in its capture.
-        if shift_labels is not None and teaching is None and not capturing(hidden):
+        if shift_labels is not None and teaching is None and not unreadable(hidden):
             hidden, targets = asked_for(hidden, targets)
         loss = chunked_loss(
             self.logits_of,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from infini_attention.ops.normalization import denominator
-from infini_attention.ops.options import capturing
+from infini_attention.ops.options import unreadable
 
 MOST_COPIES = 1 << 30
 """Of a segment; a float32 tells no more than every 64th number there."""
@@ -32,7 +32,7 @@ def joined(first: Tensor, second: Tensor) -> Tensor:
 
 def repeated(one: Tensor, copies: Tensor) -> Tensor:
     """[A | B] of a map applied `copies` times: (...,) int64, from 0 to MOST_COPIES; by doubling."""
-    bits = MOST_COPIES.bit_length() if capturing(copies) else int(copies.max()).bit_length()
+    bits = MOST_COPIES.bit_length() if unreadable(copies) else int(copies.max()).bit_length()
     result, power = torch.zeros_like(one), one
     for bit in range(bits):
         power = joined(power, power) if bit else one

@@ -14,7 +14,7 @@ from infini_attention.ops.copies import MOST_COPIES
 from infini_attention.ops.layout import Layout, plan
 from infini_attention.ops.local import context_tokens
 from infini_attention.ops.normalization import normalized
-from infini_attention.ops.options import Inputs, Options, autocast_type, capturing, check_choice
+from infini_attention.ops.options import Inputs, Options, autocast_type, check_choice, unreadable
 from infini_attention.ops.parallel import parallel
 from infini_attention.ops.reference import reference
 from infini_attention.ops.state import MemoryState, state_dtype
@@ -405,7 +405,7 @@ def checked_weights(weights: Tensor, layout: Layout, memory: Tensor, update_rule
     if update_rule == "delta" and not weights.is_floating_point():
         return _checked_copies(weights.to(memory.device, torch.int64), layout)
     weights = weights.to(memory.device, memory.dtype)
-    if not capturing(weights) and not bool(((weights >= 0) & torch.isfinite(weights)).all()):
+    if not unreadable(weights) and not bool(((weights >= 0) & torch.isfinite(weights)).all()):
         raise ValueError(
             f"segment_weights has minimum {weights.min().item()}; weights are finite and at least 0"
         )
@@ -418,7 +418,7 @@ def _checked_copies(copies: Tensor, layout: Layout) -> Tensor:
             "segment_weights are whole numbers, copies of segments under the delta rule, and a segment is "
             "not whole in this call; give whole segments, or weights of a floating dtype"
         )
-    if capturing(copies):
+    if unreadable(copies):
         return copies
     touched = torch.arange(layout.columns) < torch.tensor(layout.segments)[:, None]
     made = copies[touched.to(copies.device)]

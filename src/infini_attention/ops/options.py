@@ -97,8 +97,9 @@ _captured = False
 
 @contextmanager
 def as_captured() -> Iterator[None]:
-    """Everything here does what it does in the capture of a CUDA graph: so that what warms up for one meets
-    the same shapes, for which kernels are compiled, as they cannot be in the capture itself.
+    """Do everything here as in the capture of a CUDA graph.
+
+    What warms up for a capture then meets its shapes: kernels are compiled for them, as they cannot be later.
     """
     global _captured
     before, _captured = _captured, True
@@ -108,6 +109,8 @@ def as_captured() -> Iterator[None]:
         _captured = before
 
 
-def capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, so that no value of `x` may be looked at."""
+def unreadable(x: Tensor) -> bool:
+    """Whether no value of `x` may be looked at: a CUDA graph is being captured, or code is being compiled."""
+    if torch.compiler.is_compiling():
+        return True
     return x.is_cuda and (_captured or torch.cuda.is_current_stream_capturing())

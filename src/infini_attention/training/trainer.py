@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim.lr_scheduler import LambdaLR
@@ -81,8 +82,7 @@ class InfiniTrainer(Trainer):
                 f"cuda_graphs is set and this process sees {self.args.n_gpu} GPUs, of which a captured step "
                 "uses one; show it one with CUDA_VISIBLE_DEVICES, or leave cuda_graphs out"
             )
-        # torch_compile compiles the layer that all layers are, not the model: a fraction of the time.
-        self.accelerator.state.dynamo_plugin.use_regional_compilation = True
+        self._set_compilation()
         model: Any = self.model
         self.model_accepts_loss_kwargs = True  # losses are sums over a whole step, accumulation included
         self.label_names, self.can_return_loss = [], True  # evaluate by labels or shift_labels alike
@@ -107,6 +107,17 @@ class InfiniTrainer(Trainer):
         if self.is_fsdp_enabled and self.args.bf16:
             # Weights are gathered as they are and computed with in bf16 by autocast: gates stay fp32.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+    def _set_compilation(self) -> None:
+        """Have `torch_compile` compile the layer that all layers are, not the model: in much less time.
+
+        Set anew, as accelerate keeps the settings of a process's first trainer for all that follow.
+        """
+        self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(
+            backend=self.args.torch_compile_backend,
+            mode=self.args.torch_compile_mode,
+            use_regional_compilation=True,
+        )
 
     @property
     def stopped_by(self) -> str | None:
