@@ -38,8 +38,8 @@ class InfiniTrainingArguments(TrainingArguments):
         context_parallel_size: so many processes share each sequence, a run of whole segments each.
         cuda_graphs: forward and backward of each shape of batch are captured as a CUDA graph once and then
             replayed, for small models that wait for the host; on one GPU, with one batch a step. On a CPU
-            there is nothing to capture, and steps run as ever. `torch_compile` (transformers' own, here layer
-            by layer) has kernels fused before, and the two together are fastest.
+            there is nothing to capture, and steps run as ever. `torch_compile` (transformers' own; here layer
+            by layer, for each number of segments anew, so for rows of one length) fuses kernels before that.
         ema_decay: at the end the weights are their exponential moving average over some 1 / (1 - ema_decay)
             steps, as are then those that are measured and saved; checkpoints keep both. None for the last
             step's weights. See `training.averaging`.
