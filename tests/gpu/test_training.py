@@ -67,6 +67,14 @@ def test_weights_of_segments_are_read_anew_by_every_replay(tmp_path: Path) -> No
     torch.testing.assert_close(captured, losses, rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_of_captured_batches_add_up_to_a_step(tmp_path: Path) -> None:
+    (losses, _), (captured, _) = (
+        trained(MEMORIES[0], False, graphs, tmp_path, gradient_accumulation_steps=3)
+        for graphs in (False, True)
+    )
+    torch.testing.assert_close(captured, losses, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("memory", MEMORIES, ids=lambda memory: memory["update_rule"])
 def test_captured_steps_may_be_compiled(memory: dict[str, Any], tmp_path: Path) -> None:
     expected, _ = trained(memory, False, False, tmp_path, repeat_ceiling=50.0)

@@ -37,9 +37,10 @@ class InfiniTrainingArguments(TrainingArguments):
             `starts_document` says so; see `infini_attention.data.windows.CarriedWindows`.
         context_parallel_size: so many processes share each sequence, a run of whole segments each.
         cuda_graphs: forward and backward of each shape of batch are captured as a CUDA graph once and then
-            replayed, for small models that wait for the host; on one GPU, with one batch a step. On a CPU
-            there is nothing to capture, and steps run as ever. `torch_compile` (transformers' own; here layer
-            by layer, for each number of segments anew, so for rows of one length) fuses kernels before that.
+            replayed, for small models that wait for the host; on one GPU. On a CPU there is nothing to
+            capture, and steps run as ever. `torch_compile` (transformers' own; here layer by layer) fuses
+            kernels before that; it is for rows of one length that go through whole, as each number of segments,
+            and each run of `checkpoint_segments` or `carry_memory`, is compiled anew.
         ema_decay: at the end the weights are their exponential moving average over some 1 / (1 - ema_decay)
             steps, as are then those that are measured and saved; checkpoints keep both. None for the last
             step's weights. See `training.averaging`.
@@ -142,7 +143,6 @@ class InfiniTrainingArguments(TrainingArguments):
     def _check_graphs(self) -> None:
         others = {
             "several processes": self.world_size > 1,
-            "gradient_accumulation_steps": self.gradient_accumulation_steps > 1,
             "carry_memory": self.carry_memory,
             "checkpoint_segments": self.checkpoint_segments is not None,
             "detach_every": self.detach_every is not None,

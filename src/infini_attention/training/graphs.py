@@ -15,8 +15,9 @@ WARM_UPS = 3  # steps before a capture, in which kernels are compiled and librar
 class GraphedSteps:
     """Losses and gradients of a model's batches; each shape is captured once, and replayed from then on.
 
-    Gradients are set, not added to: one batch a step. What is captured reads its inputs and writes loss and
-    gradients at fixed places; gradients are handed out anew with every step, as trainers drop them.
+    Gradients are added to those that are there, as by any backward pass. What is captured reads its inputs
+    and writes loss and gradients at fixed places; gradients that a trainer has dropped (`zero_grad`) are
+    handed out anew.
 
     Args:
         model: whose parameters get gradients.
@@ -32,6 +33,8 @@ class GraphedSteps:
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """The loss, 0-dim; gradients are in the parameters."""
+        if self._parameters[0].grad is None:
+            self._hand_out_anew()
         shapes = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
         if shapes not in self._captured:
             with as_captured():
@@ -40,12 +43,16 @@ class GraphedSteps:
         for name, place in places.items():
             place.copy_(inputs[name], non_blocking=True)
         graph.replay()
-        self._hand_out()
         return loss.clone()
+
+    def _hand_out_anew(self) -> None:
+        torch._foreach_zero_(self._gradients)
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
 
     def _capture(self, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, Inputs, Tensor]:
         places = {name: x.clone() for name, x in inputs.items()}
-        self._hand_out()
+        gradients = [each.clone() for each in self._gradients]  # to which warm-ups add
         random = torch.cuda.get_rng_state()
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -54,6 +61,7 @@ class GraphedSteps:
                 self._step(places)
         torch.cuda.current_stream().wait_stream(aside)
         torch.cuda.set_rng_state(random)  # draws are the same whenever a shape is met first
+        torch._foreach_copy_(self._gradients, gradients)
         graph = torch.cuda.CUDAGraph()
         # "thread_local": the thread that pins the next batch may go on meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
@@ -61,11 +69,6 @@ class GraphedSteps:
         return graph, places, loss
 
     def _step(self, places: Inputs) -> Tensor:
-        torch._foreach_zero_(self._gradients)
         loss = self._loss_of(places)
         loss.backward()
         return loss.detach()
-
-    def _hand_out(self) -> None:
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = gradient

@@ -264,7 +264,7 @@ class InfiniTrainer(Trainer):
             raise FloatingPointError(f"the loss is {loss.item()} {self._where()}")
 
     def _graphed_step(self, model: Any, inputs: dict[str, Any], count: Tensor | int | None) -> Tensor:
-        """Forward and backward of one batch, which is the step's only one, as one graph."""
+        """Forward and backward of one batch as one graph."""
         if self._graphs is None:
 
             def loss_of(batch: dict[str, Any]) -> Tensor:
