@@ -39,8 +39,8 @@ class InfiniTrainingArguments(TrainingArguments):
         cuda_graphs: forward and backward of each shape of batch are captured as a CUDA graph once and then
             replayed, for small models that wait for the host; on one GPU. On a CPU there is nothing to
             capture, and steps run as ever. `torch_compile` (transformers' own; here layer by layer) fuses
-            kernels before that; it is for rows of one length that go through whole, as each number of segments,
-            and each run of `checkpoint_segments` or `carry_memory`, is compiled anew.
+            kernels before that; it is for rows of one length that go through whole, as each number of
+            segments, and each run of `checkpoint_segments` or `carry_memory`, is compiled anew.
         ema_decay: at the end the weights are their exponential moving average over some 1 / (1 - ema_decay)
             steps, as are then those that are measured and saved; checkpoints keep both. None for the last
             step's weights. See `training.averaging`.
