@@ -78,7 +78,9 @@ def test_gradients_of_captured_batches_add_up_to_a_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("memory", MEMORIES, ids=lambda memory: memory["update_rule"])
 def test_captured_steps_may_be_compiled(memory: dict[str, Any], tmp_path: Path) -> None:
     expected, _ = trained(memory, False, False, tmp_path, repeat_ceiling=50.0)
+    torch._dynamo.utils.counters.clear()
     losses, _ = trained(memory, False, True, tmp_path, repeat_ceiling=50.0, torch_compile=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 2
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
 
 

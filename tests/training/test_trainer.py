@@ -405,7 +405,7 @@ def test_compiled_layers_train_as_others_do_and_are_compiled_once(
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
         weights.append(trainer.model.state_dict())
     counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] == 6  # a layer and what is around the layers, not every layer
+    assert 2 < counters["stats"]["unique_graphs"] <= 6  # of one layer and of what is around the two
     assert not counters["graph_break"]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-4)
@@ -418,6 +418,12 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None
         ({"carry_memory": True, "least_segments": 2}, "carry_memory is set and least_segments is 2"),
         ({"context_parallel_size": 2}, "context_parallel_size is 2, which does not divide the 1 processes"),
         ({"cuda_graphs": True, "carry_memory": True}, "cuda_graphs is set with carry_memory"),
+        (
+            {"cuda_graphs": True, "torch_compile_mode": "reduce-overhead"},
+            "cuda_graphs is set with torch_compile_mode reduce-overhead",
+        ),
+        ({"torch_compile": True, "checkpoint_segments": 2}, "torch_compile is set with checkpoint_segments"),
+        ({"torch_compile": True, "repeat_form": "copies"}, "torch_compile is set with repeat_form 'copies'"),
     ):
         with pytest.raises(ValueError, match=message):
             InfiniTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **settings)

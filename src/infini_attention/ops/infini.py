@@ -104,6 +104,7 @@ def infini_attention(
 
     Raises:
         ValueError: a shape, dtype, name or combination that cannot be right; the text names value and remedy.
+            Numbers in `segment_weights` are looked at unless the call is compiled or captured.
     """
     local_query = query if local_query is None else local_query
     local_key = key if local_key is None else local_key

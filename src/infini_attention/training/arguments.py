@@ -9,6 +9,7 @@ from infini_attention.ops.copies import MOST_COPIES
 from infini_attention.ops.options import check_choice
 
 REPEAT_FORMS = ("sums", "copies")
+WITHOUT_GRAPHS = (None, "default", "max-autotune-no-cudagraphs")  # modes of torch_compile
 
 
 @dataclass
@@ -39,8 +40,8 @@ class InfiniTrainingArguments(TrainingArguments):
         cuda_graphs: forward and backward of each shape of batch are captured as a CUDA graph once and then
             replayed, for small models that wait for the host; on one GPU. On a CPU there is nothing to
             capture, and steps run as ever. `torch_compile` (transformers' own; here layer by layer) fuses
-            kernels before that; it is for rows of one length that go through whole, as each number of
-            segments, and each run of `checkpoint_segments` or `carry_memory`, is compiled anew.
+            kernels before that; it is for rows of one length that go through whole: each number of segments,
+            each run of `carry_memory` and packed documents would be compiled anew.
         ema_decay: at the end the weights are their exponential moving average over some 1 / (1 - ema_decay)
             steps, as are then those that are measured and saved; checkpoints keep both. None for the last
             step's weights. See `training.averaging`.
@@ -120,6 +121,8 @@ class InfiniTrainingArguments(TrainingArguments):
             )
         if self.context_parallel_size > 1:
             self._check_context_parallel()
+        if self.torch_compile:
+            self._check_compile()
         if self.cuda_graphs:
             self._check_graphs()
         self._check_teacher()
@@ -140,6 +143,18 @@ class InfiniTrainingArguments(TrainingArguments):
                 "leave one of them out"
             )
 
+    def _check_compile(self) -> None:
+        others = {
+            # What is computed again in the backward pass may be compiled otherwise, and then does not fit.
+            "checkpoint_segments": self.checkpoint_segments is not None,
+            "repeat_form 'copies'": self.repeat_form == "copies",  # all its doublings would be unrolled
+        }
+        if clashing := [name for name, given in others.items() if given]:
+            raise ValueError(
+                f"torch_compile is set with {', '.join(clashing)}, which cannot be compiled well; leave one "
+                "of them out"
+            )
+
     def _check_graphs(self) -> None:
         others = {
             "several processes": self.world_size > 1,
@@ -148,6 +163,9 @@ class InfiniTrainingArguments(TrainingArguments):
             "detach_every": self.detach_every is not None,
             "gradient_checkpointing": self.gradient_checkpointing,
             "teacher": self.teacher is not None,
+            "fp16": self.fp16,
+            # Their own graphs would be captured in ours.
+            f"torch_compile_mode {self.torch_compile_mode}": self.torch_compile_mode not in WITHOUT_GRAPHS,
         }
         if clashing := [name for name, given in others.items() if given]:
             raise ValueError(

@@ -33,8 +33,8 @@ class GraphedSteps:
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """The loss, 0-dim; gradients are in the parameters."""
-        if self._parameters[0].grad is None:
-            self._hand_out_anew()
+        if self._parameters[0].grad is not self._gradients[0]:
+            self._hand_out()
         shapes = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
         if shapes not in self._captured:
             with as_captured():
@@ -45,9 +45,12 @@ class GraphedSteps:
         graph.replay()
         return loss.clone()
 
-    def _hand_out_anew(self) -> None:
+    def _hand_out(self) -> None:
+        """Have gradients where replays add to them, with what there is of them already."""
         torch._foreach_zero_(self._gradients)
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            if parameter.grad is not None:
+                gradient.copy_(parameter.grad)
             parameter.grad = gradient
 
     def _capture(self, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, Inputs, Tensor]:

@@ -111,7 +111,7 @@ class InfiniTrainer(Trainer):
     def _set_compilation(self) -> None:
         """Have `torch_compile` compile the layer that all layers are, not the model: in much less time.
 
-        Set anew, as accelerate keeps the settings of a process's first trainer for all that follow.
+        Set anew: accelerate would keep the first trainer's where the arguments of several were made before.
         """
         self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(
             backend=self.args.torch_compile_backend,
