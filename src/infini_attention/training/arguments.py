@@ -137,11 +137,7 @@ class InfiniTrainingArguments(TrainingArguments):
                 "out"
             )
         others = {"fsdp": bool(self.fsdp), "load_best_model_at_end": self.load_best_model_at_end}
-        if clashing := [name for name, given in others.items() if given]:
-            raise ValueError(
-                f"ema_decay is set with {', '.join(clashing)}, which deals with the weights in another way; "
-                "leave one of them out"
-            )
+        _refuse_beside("ema_decay", others, "deals with the weights in another way")
 
     def _check_compile(self) -> None:
         others = {
@@ -149,11 +145,7 @@ class InfiniTrainingArguments(TrainingArguments):
             "checkpoint_segments": self.checkpoint_segments is not None,
             "repeat_form 'copies'": self.repeat_form == "copies",  # all its doublings would be unrolled
         }
-        if clashing := [name for name, given in others.items() if given]:
-            raise ValueError(
-                f"torch_compile is set with {', '.join(clashing)}, which cannot be compiled well; leave one "
-                "of them out"
-            )
+        _refuse_beside("torch_compile", others, "cannot be compiled well")
 
     def _check_graphs(self) -> None:
         others = {
@@ -167,11 +159,7 @@ class InfiniTrainingArguments(TrainingArguments):
             # Their own graphs would be captured in ours.
             f"torch_compile_mode {self.torch_compile_mode}": self.torch_compile_mode not in WITHOUT_GRAPHS,
         }
-        if clashing := [name for name, given in others.items() if given]:
-            raise ValueError(
-                f"cuda_graphs is set with {', '.join(clashing)}, which a captured step knows nothing of; "
-                "leave one of them out"
-            )
+        _refuse_beside("cuda_graphs", others, "a captured step knows nothing of")
 
     def _check_teacher(self) -> None:
         if not self.teacher_weight > 0:
@@ -198,3 +186,9 @@ class InfiniTrainingArguments(TrainingArguments):
                 f"least_segments is {self.least_segments}, and {self.context_parallel_size} processes need "
                 f"one segment each; set least_segments to at least {self.context_parallel_size}"
             )
+
+
+def _refuse_beside(setting: str, others: dict[str, bool], why: str) -> None:
+    """Raise ValueError where any of the `others`, by name, is given beside the setting."""
+    if clashing := [name for name, given in others.items() if given]:
+        raise ValueError(f"{setting} is set with {', '.join(clashing)}, which {why}; leave one of them out")
