@@ -22,8 +22,9 @@ class Reader:
     """The model that reads.
 
     Args:
-        model: A model's name, folder or GGUF file, or an alias: passkey, smollm2. A model without memories
-            is retrofitted, untrained; one with memories, or a baseline where it can read, is taken as it is.
+        model: A model's name, folder or GGUF file, or an alias: passkey, smollm2, or smollm2-books, which is
+            trained to use its memory. A model without memories is retrofitted, untrained; one with memories,
+            or a baseline where it can read, is taken as it is.
         segment_length: Tokens a segment when retrofitting; by default 512.
         update_rule: linear or delta, when retrofitting; by default linear.
         feature_map: Feature map of the memory, when retrofitting; by default elu1.
@@ -139,8 +140,9 @@ def stream(
 
     Args:
         text: A file, - for standard input, or an alias such as hamlet.
-        model: A model's name, folder or GGUF file, or an alias: passkey, smollm2. A model without memories
-            is retrofitted, untrained; one with memories is read with as it is.
+        model: A model's name, folder or GGUF file, or an alias: passkey, smollm2, or smollm2-books, which is
+            trained to use its memory. A model without memories is retrofitted, untrained; one with memories
+            is read with as it is.
         segment_length: Tokens a segment when retrofitting; by default 512.
         update_rule: linear or delta, when retrofitting; by default linear.
         feature_map: Feature map of the memory, when retrofitting; by default elu1.

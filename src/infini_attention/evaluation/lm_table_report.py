@@ -112,16 +112,15 @@ def _seeds(table: LmTable) -> Iterator[str]:
 
 def _by_position(table: LmTable, documents: str) -> Iterator[str]:
     rows = [row for row in table.rows if documents in row.cells]
-    places = [{each.start: each for each in row.cells[documents].by_position} for row in rows]
+    places = [{(each.start, each.end): each for each in row.cells[documents].by_position} for row in rows]
     yield f"Token perplexity by position on {documents}; in brackets, % to {table.reference}:"
     yield ""
     yield _line(["tokens", "documents", *(row.name for row in rows)])
     yield _line(["---:"] * (len(rows) + 2))
-    for start in sorted({start for by_start in places for start in by_start}):
-        found = [by_start.get(start) for by_start in places]
+    for start, end in sorted({place for each in places for place in each}):
+        found = [each.get((start, end)) for each in places]
         first = next(each for each in found if each is not None)
-        ranges = f"{start:,} to {first.end - 1:,}"
-        yield _line([ranges, f"{first.documents:,}", *map(_place, found)])
+        yield _line([f"{start:,} to {end - 1:,}", f"{first.documents:,}", *map(_place, found)])
 
 
 def _place(position: Position | None) -> str:

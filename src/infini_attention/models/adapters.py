@@ -4,6 +4,7 @@ A folder of one holds peft's files, which name the base, and the config of the m
 short convolutions where there are any, are in it whole.
 """
 
+import json
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -56,6 +57,14 @@ def add_adapter(
     return _by_itself(get_peft_model(model, config))
 
 
+def base_of(folder: Path) -> str:
+    """The name of the base of an adapter; ValueError where the folder names none."""
+    name: str | None = json.loads((folder / PEFT_CONFIG).read_text()).get("base_model_name_or_path")
+    if name is None:
+        raise ValueError(f"{folder / PEFT_CONFIG} names no base; write it there as base_model_name_or_path")
+    return name
+
+
 def load_adapter(folder: Path, load_base: Callable[[str], Any]) -> Any:
     """The PeftModel of a folder, its adapter and gates ready to be trained on.
 
@@ -67,12 +76,9 @@ def load_adapter(folder: Path, load_base: Callable[[str], Any]) -> Any:
         ValueError: peft is not installed, or the folder names no base.
     """
     _require_peft()
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    name = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    if name is None:
-        raise ValueError(f"{folder / PEFT_CONFIG} names no base; write it there as base_model_name_or_path")
-    model = load_base(name)
+    model = load_base(base_of(folder))
     config = AutoConfig.from_pretrained(folder)
     if isinstance(model.config, InfiniConfigMixin):
         model.config.segment_length = config.segment_length  # which may be another than its base's
@@ -113,5 +119,5 @@ def _by_itself(adapted: Any) -> Any:
 def _require_peft() -> None:
     if find_spec("peft") is None:
         raise ValueError(
-            "adapters need the package peft; install it with: pip install 'infini-attention[train]'"
+            "adapters need the package peft; install it with: pip install 'infini-attention[demo]'"
         )

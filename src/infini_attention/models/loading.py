@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from infini_attention.assets import cache_directory, find_packaged
 from infini_attention.models import families as families  # its types become known to AutoModelForCausalLM
-from infini_attention.models.adapters import is_adapter, load_adapter, merged
+from infini_attention.models.adapters import base_of, is_adapter, load_adapter, merged
 from infini_attention.models.config import InfiniConfigMixin
 
 SMOLLM2 = "smollm2"
@@ -23,6 +23,11 @@ SMOLLM2 = "smollm2"
 PASSKEY = "passkey"
 """Alias of the model in `pretrained/passkey`, which finds pass keys in texts of any length."""
 
+SMOLLM2_BOOKS = "smollm2-books"
+"""Alias of SmolLM2 with the adapter in `pretrained/smollm2-books`, whose memory has learnt to read books."""
+
+PRETRAINED = Path(__file__).with_name("pretrained")
+TOKENIZER_CONFIG = "tokenizer_config.json"
 HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 
 
@@ -32,7 +37,7 @@ def load_model(name_or_path: str | PathLike[str], *, dtype: torch.dtype | None =
     Args:
         name_or_path: a Hub name, a folder, a GGUF file (its weights are unpacked), a folder with an adapter
             of a model with memories (whose base is loaded, with the adapter in its weights), or an alias,
-            "passkey" or "smollm2".
+            "passkey", "smollm2" or "smollm2-books".
         dtype: of the weights; default that of the checkpoint.
 
     Raises:
@@ -80,8 +85,13 @@ def load_base(
 
 
 def load_tokenizer(name_or_path: str | PathLike[str]) -> Any:
-    """Load the tokenizer that belongs to what `load_model` loads under the same name."""
+    """Load the tokenizer that belongs to what `load_model` loads under the same name.
+
+    That of an adapter is its base's, where none lies beside it.
+    """
     place = _resolve(name_or_path, "tokenizer")
+    if is_adapter(Path(place)) and not (Path(place) / TOKENIZER_CONFIG).is_file():
+        return load_tokenizer(base_of(Path(place)))
     if place.endswith(".gguf"):
         return AutoTokenizer.from_pretrained(str(Path(place).parent), gguf_file=Path(place).name)
     try:
@@ -114,7 +124,7 @@ def _load(place: str, dtype: torch.dtype | None) -> Any:
 def _no_model(place: str, error: OSError) -> ValueError:
     return ValueError(
         f"model {place!r} is neither a folder with a model nor a name that can be loaded; give one, a "
-        f"GGUF file or an alias, {PASSKEY!r} or {SMOLLM2!r} ({error})"
+        f"GGUF file or an alias, {PASSKEY!r}, {SMOLLM2!r} or {SMOLLM2_BOOKS!r} ({error})"
     )
 
 
@@ -124,8 +134,9 @@ def _resolve(name_or_path: str | PathLike[str], wanted: str) -> str:
         raise ValueError(f"there is no GGUF file {place}; give the path of one")
     if _is_folder_name(place) and not os.path.exists(place):
         raise ValueError(f"there is no folder {place}; {_remedy(Path(place), wanted)}")
-    aliases = {PASSKEY: _passkey, SMOLLM2: _smollm2}
-    return str(aliases[place]()) if place in aliases else place
+    if place == SMOLLM2:
+        return str(_smollm2())
+    return str(PRETRAINED / place) if place in (PASSKEY, SMOLLM2_BOOKS) else place
 
 
 def _is_folder_name(place: str) -> bool:
@@ -148,10 +159,6 @@ def _load_gguf(path: Path, dtype: torch.dtype | None) -> Any:
         quantization_config=GgufConfig(dequantize=True),
         dtype="auto" if dtype is None else dtype,
     )
-
-
-def _passkey() -> Path:
-    return Path(__file__).with_name("pretrained") / PASSKEY
 
 
 def _smollm2() -> Path:
