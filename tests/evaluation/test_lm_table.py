@@ -188,5 +188,8 @@ def test_results_that_are_not_alike_are_refused(write: Write, tmp_path: Path) ->
     longer = write("longer", "local only", 0.1, segment_length=32)
     with pytest.raises(ValueError, match=r"both of local only, with segments of 16 and 32"):
         lm_table([local, longer])
+    lucky = write("lucky", "local only", 0.1, trained={"tokens": 1.0})
+    with pytest.raises(ValueError, match=r"lucky\.json are both of local only, and only one"):
+        lm_table([local, lucky])
     with pytest.raises(ValueError, match=r"nothing\.json cannot be read"):
         lm_table([tmp_path / "nothing.json"])

@@ -146,6 +146,15 @@ def test_what_contradicts_itself_is_refused_in_words(overrides: list[str], words
         read_recipe(COPY, overrides)
 
 
+def test_the_extra_that_a_training_needs_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("infini_attention.training.recipe.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", str(COPY)])
+    assert "pip install 'infini-attention[train]'" in capsys.readouterr().err
+
+
 def test_sizes_and_families_that_are_not_there_are_named() -> None:
     recipe = read_recipe(COPY).recipe.model
     recipe.sizes = {**recipe.sizes, "hiden_size": 3}

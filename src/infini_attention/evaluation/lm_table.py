@@ -115,7 +115,7 @@ def lm_table(paths: Sequence[Path], *, reference: str = LOCAL_ONLY) -> LmTable:
 
     Raises:
         ValueError: a file of something else; documents of one name that are not the same tokens everywhere;
-            one model twice; or seeds of different segment lengths.
+            one model twice; or seeds of different segment lengths, or of which only some were trained.
     """
     reports = {path: read_report(path) for path in paths}
     _check(reports)
@@ -242,6 +242,7 @@ def _check(reports: dict[Path, PerplexityReport]) -> None:
     seen: dict[tuple[str, str, str], Path] = {}
     first: dict[str, tuple[Path, list[str]]] = {}
     lengths: dict[str, tuple[Path, int, bool]] = {}
+    trainings: dict[tuple[str, str], tuple[Path, bool]] = {}
     for path, report in reports.items():
         setting = report.setting
         model = setting.system, setting.documents, setting.fingerprint
@@ -255,6 +256,13 @@ def _check(reports: dict[Path, PerplexityReport]) -> None:
                 f"{other} and {path} call their documents {setting.documents!r} and have read different "
                 f"tokens ({len(theirs)} documents and {len(read)}, {len({*read} & {*theirs})} alike); let "
                 "infini perplexity finish, with the same tokenizer and max_tokens, or give another --name"
+            )
+        trained = report.trained is not None
+        another, theirs_trained = trainings.setdefault((setting.system, setting.documents), (path, trained))
+        if theirs_trained != trained:
+            raise ValueError(
+                f"{another} and {path} are both of {setting.system}, and only one of them has its training "
+                "beside it, so they are no two seeds; give one of them another --system"
             )
         like = setting.segment_length, setting.memory_off
         another, *theirs_like = lengths.setdefault(setting.system, (path, *like))

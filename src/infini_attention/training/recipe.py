@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -342,10 +343,12 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Reading:
     """The recipe of a YAML file with some values set anew.
 
     `overrides` are command-line options such as "--training.max_steps=10". Mistakes end the program with a
-    line that names the value, as mistakes on a command line do.
+    line that names the value, as mistakes on a command line do. Raises ValueError without accelerate.
     """
     if not path.is_file():
         raise ValueError(f"there is no recipe {path}; give a YAML file, such as recipes/copy-task.yaml")
+    if find_spec("accelerate") is None:
+        raise ValueError("training needs accelerate; install it with: pip install 'infini-attention[train]'")
     parser = _parser()
     chosen = parser.parse_args(["--config", str(path), *overrides])
     flags = chosen.pop("dry_run"), chosen.pop("json")
