@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -390,6 +390,22 @@ def test_a_table_of_language_models_is_drawn_by_position(read: PerplexityReport,
     whole, by_position = drawings("", [json.loads(lm_table([tmp_path / "a.json"]).to_json())])
     assert [row[0].text for row in whole.rows] == ["Infini delta", "Infini delta, memory off"]
     assert texts(by_position) == [["Infini delta", "4", "2"], ["Infini delta, memory off", "4", "3"]]
+    assert by_position.columns == ["", "0 to 15", "16 to 31"]
+
+
+def test_positions_that_only_begin_alike_have_columns_of_their_own(
+    read: PerplexityReport, tmp_path: Path
+) -> None:
+    (tmp_path / "a.json").write_text(read.to_json())
+    setting = replace(read.setting, system="window", fingerprint="w", segment_length=32, memory_off=False)
+    stretch = Stretch(0, 32, 31, 6, 120, 31 * math.log(5), None)
+    documents = [replace(each, by_position=[stretch]) for each in read.documents]
+    (tmp_path / "b.json").write_text(replace(read, setting=setting, documents=documents).to_json())
+    _, by_position = drawings(
+        "", [json.loads(lm_table([tmp_path / "a.json", tmp_path / "b.json"]).to_json())]
+    )
+    assert by_position.columns == ["", "0 to 15", "0 to 31", "16 to 31"]
+    assert texts(by_position)[-1] == ["window", "-", "5", "-"]
 
 
 def test_gates_are_drawn_as_maps_by_layer_and_head() -> None:

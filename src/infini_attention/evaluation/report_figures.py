@@ -246,9 +246,10 @@ def _lm_table(found: dict[str, Any]) -> Iterator[Drawing]:
         ]
         columns = ["", "token perplexity", f"to {found['reference']}, %"]
         yield Drawing(documents, columns, rows, "In brackets: 95 % intervals over documents.")
-        starts = sorted({each["start"] for cell in cells.values() for each in cell["by_position"]})
-        rows = [[Cell(name), *_at(cell["by_position"], starts)] for name, cell in cells.items()]
-        columns = ["", *(f"from {start:,}" for start in starts)]
+        stretches = [each for cell in cells.values() for each in cell["by_position"]]
+        places = sorted({(each["start"], each["end"]) for each in stretches})
+        rows = [[Cell(name), *_at(cell["by_position"], places)] for name, cell in cells.items()]
+        columns = ["", *(f"{start:,} to {end - 1:,}" for start, end in places)]
         yield Drawing(f"{documents}: token perplexity by position", columns, rows)
 
 
@@ -256,9 +257,9 @@ def _system(row: dict[str, Any]) -> str:
     return str(row["system"]) + (", memory off" if row["memory"] == "off" else "")
 
 
-def _at(stretches: list[dict[str, Any]], starts: list[int]) -> Iterator[Cell]:
-    values = {each["start"]: each["perplexity"]["value"] for each in stretches}
-    return (_number(values.get(start)) for start in starts)
+def _at(stretches: list[dict[str, Any]], places: list[tuple[int, int]]) -> Iterator[Cell]:
+    values = {(each["start"], each["end"]): each["perplexity"]["value"] for each in stretches}
+    return (_number(values.get(place)) for place in places)
 
 
 def _perplexity(found: dict[str, Any]) -> Iterator[Drawing]:
