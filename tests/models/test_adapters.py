@@ -50,6 +50,7 @@ def test_a_saved_adapter_loads_as_the_model_it_was(base_folder, make_tokens, tmp
     assert (loaded.config.segment_length, loaded.config.update_rule) == (SEGMENT, "delta")
     assert not any("lora" in name for name, _ in loaded.named_parameters())
     assert loaded.name_or_path == str(folder)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
     without = retrofit(base_folder, segment_length=SEGMENT, gate_init=0.0, update_rule="delta")
     assert not torch.allclose(without(tokens).logits, wanted, atol=0.05)
 

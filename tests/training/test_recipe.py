@@ -264,7 +264,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def test_an_adapter_is_trained_and_goes_on_and_is_trained_on(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("peft")
     path = write(tmp_path, model={"base": str(base), "sizes": {}, "lora": {"rank": 2}})
@@ -298,6 +298,10 @@ def test_an_adapter_is_trained_and_goes_on_and_is_trained_on(
     with pytest.raises(ValueError, match=r"has memories already, and model.lora would change them"):
         recipe = read_recipe(path, [*onto, "--model.lora={rank: 4}"]).recipe
         make_model(recipe.model, 256)
+    shutil.copytree(folder / "model", tmp_path / "smollm2-books")  # by its alias it is trained on, too
+    monkeypatch.setattr("infini_attention.models.loading.PRETRAINED", tmp_path)
+    by_alias = make_model(replace(recipe.model, base="smollm2-books", lora=None, segment_length=None), 256)
+    assert any(each.requires_grad for name, each in by_alias.named_parameters() if "lora" in name)
 
 
 def test_lora_is_for_a_base(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def merged(adapted: Any, dtype: torch.dtype | None) -> Any:
 
     `dtype` is by default the one that its config names.
     """
-    model = adapted.merge_and_unload()
+    model = adapted.merge_and_unload().requires_grad_(True)
     return model.to(model.config.dtype if dtype is None else dtype).eval()
 
 

@@ -47,8 +47,8 @@ def load_model(name_or_path: str | PathLike[str], *, dtype: torch.dtype | None =
     place = _resolve(name_or_path, "model")
     if place.endswith(".gguf"):
         model = _load_gguf(Path(place), dtype)
-    elif is_adapter(Path(place)):
-        model = merged(load_adapter(Path(place), partial(load_model, dtype=torch.float32)), dtype)
+    elif (adapter := adapter_folder(place)) is not None:
+        model = merged(load_adapter(adapter, partial(load_model, dtype=torch.float32)), dtype)
     else:
         model = _load(place, dtype)
     model.name_or_path = os.fspath(name_or_path)  # an alias, not where it lies on this machine
@@ -90,8 +90,9 @@ def load_tokenizer(name_or_path: str | PathLike[str]) -> Any:
     That of an adapter is its base's, where none lies beside it.
     """
     place = _resolve(name_or_path, "tokenizer")
-    if is_adapter(Path(place)) and not (Path(place) / TOKENIZER_CONFIG).is_file():
-        return load_tokenizer(base_of(Path(place)))
+    adapter = adapter_folder(place)
+    if adapter is not None and not (adapter / TOKENIZER_CONFIG).is_file():
+        return load_tokenizer(base_of(adapter))
     if place.endswith(".gguf"):
         return AutoTokenizer.from_pretrained(str(Path(place).parent), gguf_file=Path(place).name)
     try:
@@ -100,6 +101,12 @@ def load_tokenizer(name_or_path: str | PathLike[str]) -> Any:
         raise ValueError(
             f"{place!r} is neither a folder with a tokenizer nor a name to load one by; give one ({error})"
         ) from error
+
+
+def adapter_folder(name_or_path: str | PathLike[str]) -> Path | None:
+    """Where the adapter lies that `load_model` loads under this name; None where it loads something else."""
+    folder = Path(_resolve(name_or_path, "model"))
+    return folder if is_adapter(folder) else None
 
 
 def memory_config(name_or_path: str | PathLike[str]) -> InfiniConfigMixin | None:

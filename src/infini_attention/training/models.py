@@ -2,7 +2,6 @@
 
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from huggingface_hub.errors import StrictDataclassError
 from infini_attention.baselines import BASELINES
 from infini_attention.layers import MemoryGate
 from infini_attention.models import FAMILIES, load_model, retrofit
-from infini_attention.models.adapters import add_adapter, is_adapter, load_adapter
+from infini_attention.models.adapters import add_adapter, load_adapter
 from infini_attention.models.config import InfiniConfigMixin
-from infini_attention.models.loading import memory_config
+from infini_attention.models.loading import adapter_folder, memory_config
 from infini_attention.models.memory_off import SHUT
 from infini_attention.ops.options import check_choice
 from infini_attention.training.recipe import SETTINGS_OF_BASELINES, SETTINGS_OF_MEMORIES, ModelRecipe
@@ -56,9 +55,9 @@ def make_model(recipe: ModelRecipe, vocab_size: int) -> Any:
 
 def _on_base(recipe: ModelRecipe, settings: dict[str, Any]) -> Any:
     assert recipe.base is not None
-    if is_adapter(Path(recipe.base)):
+    if (adapter := adapter_folder(recipe.base)) is not None:
         _refuse_memory_settings(recipe, "lora")
-        model = load_adapter(Path(recipe.base), partial(load_model, dtype=torch.float32))
+        model = load_adapter(adapter, partial(load_model, dtype=torch.float32))
         return _with_segments(model, settings["segment_length"])
     model = load_model(recipe.base, dtype=torch.float32)
     if isinstance(model.config, InfiniConfigMixin):
