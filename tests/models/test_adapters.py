@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from infini_attention.models import FAMILIES, load_model, retrofit
+from infini_attention.models import FAMILIES, load_model, load_tokenizer, loading, retrofit
 from infini_attention.models.adapters import add_adapter, is_adapter, load_adapter, merged, save_config
 
 pytest.importorskip("peft")
@@ -53,6 +53,16 @@ def test_a_saved_adapter_loads_as_the_model_it_was(base_folder, make_tokens, tmp
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     without = retrofit(base_folder, segment_length=SEGMENT, gate_init=0.0, update_rule="delta")
     assert not torch.allclose(without(tokens).logits, wanted, atol=0.05)
+
+
+def test_the_tokenizer_of_an_adapter_is_its_bases_where_none_lies_beside_it(
+    llama_folder, tmp_path, monkeypatch
+):
+    folder = save(adapted(llama_folder), tmp_path / "adapter")
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda place: place)
+    assert load_tokenizer(folder) == str(llama_folder)
+    (folder / "tokenizer_config.json").touch()
+    assert load_tokenizer(folder) == str(folder)
 
 
 def test_gates_and_convolutions_are_in_an_adapter_and_weights_are_not(llama_folder, tmp_path):

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import infini_attention
 from infini_attention.data.texts import ids_of, open_text
 from infini_attention.evaluation.passkey import passkey
 from infini_attention.models import load_model, load_tokenizer, retrofit
-from infini_attention.models.loading import PASSKEY, SMOLLM2, SMOLLM2_BOOKS
+from infini_attention.models.adapters import base_of
+from infini_attention.models.loading import PASSKEY, SMOLLM2, SMOLLM2_BOOKS, adapter_folder
 from infini_attention.models.memory_off import memory_off
 
 
@@ -36,6 +38,15 @@ def test_it_has_a_name_a_memory_and_few_bytes(model: Any) -> None:
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(sizes)
     assert sum(sizes.values()) < 16e6
+
+
+def test_the_adapter_of_books_is_small_and_has_the_gates_of_all_heads() -> None:
+    folder = adapter_folder(SMOLLM2_BOOKS)
+    assert folder is not None and base_of(folder) == SMOLLM2
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 12e6
+    tensors = load_file(folder / "adapter_model.safetensors")
+    gates = [tensor for name, tensor in tensors.items() if "memory_gate" in name]
+    assert [(gate.dtype, gate.numel()) for gate in gates] == [(torch.float32, 9)] * 30
 
 
 @pytest.mark.skipif(
