@@ -75,15 +75,16 @@ class Row:
 
     Attributes:
         memory: "on" or "off".
-        memory_floats: numbers that it holds at most; 0 with the memory off.
-        compression: against a full Memorizing Transformer of the same sizes; None where nothing is held.
+        memory_floats: numbers that it holds at most; None for the memory off, which is no system of its own.
+        compression: against a full Memorizing Transformer of the same sizes; None where nothing is held, and
+            for the memory off.
         cells: by what the documents are called.
     """
 
     system: str
     memory: str
     parameters: int
-    memory_floats: int
+    memory_floats: int | None
     compression: float | None
     cells: dict[str, Cell]
 
@@ -162,7 +163,7 @@ def _row(
         system=held.setting.system,
         memory=memory,
         parameters=held.setting.parameters,
-        memory_floats=held.memory_floats if memory == "on" else 0,
+        memory_floats=held.memory_floats if memory == "on" else None,
         compression=held.compression if memory == "on" else None,
         cells={
             name: _cell(reports, memory, [] if is_reference else against[name])

@@ -135,7 +135,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _memory(row: Row) -> str:
-    return _short(row.memory_floats) if row.memory_floats else "0"
+    return NOTHING if row.memory_floats is None else _short(row.memory_floats)
 
 
 def _ratio(row: Row) -> str:
