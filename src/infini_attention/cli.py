@@ -352,6 +352,7 @@ def summaries(
     query_column: str | None = None,
     summary_column: str | None = None,
     query: str = "Summarize the whole text.",
+    chat: bool = False,
     greedy: bool = False,
     temperature: float = 0.5,
     top_p: float = 0.95,
@@ -376,6 +377,7 @@ def summaries(
         query_column: Of the queries; by default queries where a row has a list of summaries, else none.
         summary_column: Of the summaries; by default a corpus's own, else summaries.
         query: What is asked where rows have one summary and no query.
+        chat: Put queries as infini ask does, as turns of the tokenizer's chat template.
         greedy: Always take the likeliest token, instead of drawing.
         temperature: Of the draw.
         top_p: Draw from the likeliest that together have this probability.
@@ -406,6 +408,7 @@ def summaries(
         query_column=query_column,
         summary_column=summary_column,
         query=query,
+        chat=chat,
         decoding=decoding,
         window=window,
         window_at=window_at,
@@ -413,6 +416,79 @@ def summaries(
         output=output,
     )
     _print(report.to_json() if json else show.tables(report))
+
+
+def answers(
+    documents: str,
+    output: Path,
+    *,
+    model: str = "smollm2",
+    split: str = "train",
+    column: str = "text",
+    max_documents: int | None = None,
+    data_files: list[str] | None = None,
+    each: int = 2,
+    least_tokens: int = 256,
+    most_tokens: int = 6000,
+    told: float = 0.5,
+    told_tokens: int | None = None,
+    questions: int = 3,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    max_new_tokens: int = 160,
+    batch_rows: int = 16,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> None:
+    """Ask a model about passages of documents that it sees whole, for its retrofit to learn from.
+
+    Beside its answers stand those to questions for notes and facts that were hidden in passages. Training
+    takes the file as data.summaries.documents.source, with data.summaries.chat; see
+    recipes/retrofit/answers.yaml.
+
+    Args:
+        documents: A file, a pattern, or a corpus such as pg19; what data.documents.source is in a recipe.
+        output: A new .jsonl file, a passage a line: text, queries and summaries.
+        model: That answers: a model's name, folder or GGUF file, or an alias such as smollm2.
+        split: Of a corpus.
+        column: That holds the text; of a corpus, by default its own.
+        max_documents: How many are read at most.
+        data_files: Local files to be read in a corpus's place.
+        each: Passages of a document.
+        least_tokens: Of a passage.
+        most_tokens: Of a passage that the model answers about.
+        told: Share of passages that hide what they are asked for, from 0 to 1.
+        told_tokens: The most of these; by default most_tokens.
+        questions: That a passage is asked.
+        temperature: Of the draw of answers.
+        top_p: Draw from the likeliest that together have this probability.
+        max_new_tokens: Of an answer; one that does not end within them is left out.
+        batch_rows: Questions that are answered side by side.
+        seed: Of all that is random.
+        dtype: float32, bfloat16 or auto, which takes bfloat16 where that is faster.
+        device: A device of torch, or auto, which takes the first GPU, else the CPU.
+    """
+    from rich.progress import track
+    from transformers.utils import logging
+
+    from infini_attention.data.answers import Passages, Sampling, answered, written
+    from infini_attention.data.documents import Documents
+    from infini_attention.devices import choose_dtype
+    from infini_attention.models import load_model, load_tokenizer
+
+    passages = Passages(each, least_tokens, most_tokens, told, told_tokens, questions, seed)
+    sampling = Sampling(temperature, top_p, max_new_tokens, batch_rows)
+    chosen = Documents(
+        documents, split=split, column=column, data_files=data_files, max_documents=max_documents
+    )
+    logging.disable_progress_bar()
+    place = choose_device(device)
+    answerer = load_model(model, dtype=choose_dtype(dtype, place)).to(place)
+    found = answered(answerer, load_tokenizer(model), chosen, passages, sampling)
+    console = Console(stderr=True)
+    asked = [len(each.queries) for each in track(written(found, output), "passages", console=console)]
+    print(f"{output}: {len(asked):,} passages with {sum(asked):,} questions and answers")
 
 
 def evaluate(
@@ -764,7 +840,7 @@ def _loaded(reader: Reader, sliding: Window | None = None) -> tuple[Any, Any]:
 
 def _say_if_not_for_chat(session: Any, model: str) -> None:
     """Say on stderr what to expect of a model without a chat template, such as passkey."""
-    from infini_attention.streaming.prompts import has_chat_template
+    from infini_attention.data.prompts import has_chat_template
 
     if not has_chat_template(session.tokenizer):
         print(
@@ -1016,6 +1092,7 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "tokenizer": tokenizer,
     "study": study,
     "perplexity": perplexity,
+    "answers": answers,
     "summaries": summaries,
     "eval": evaluate,
     "table": table,

@@ -100,6 +100,24 @@ def test_no_gradient_flows_into_the_segment_before() -> None:
     assert not touched[: 3 * SEGMENT].any() and touched[3 * SEGMENT :].all()
 
 
+def test_gradients_can_flow_through_the_cache() -> None:
+    """What they are then is what a model has that sees two segments at once, of the second one's loss."""
+    model, whole = (
+        make_baseline("transformer_xl", stop_gradient=False).double(),
+        make_baseline("full").double(),
+    )
+    tokens = make_tokens(1, 2 * SEGMENT)
+    whole.load_state_dict(model.state_dict())
+    gradients = []
+    for each in (model, whole):
+        embeddings = each.get_input_embeddings()(tokens).detach().requires_grad_()
+        logits = each(inputs_embeds=embeddings).logits
+        logits[:, SEGMENT:].square().sum().backward()
+        gradients.append(embeddings.grad)
+    assert gradients[0][:, :SEGMENT].abs().amax() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)  # angles are fp32
+
+
 @torch.no_grad()
 def test_every_layer_lets_a_token_see_one_segment_further_back() -> None:
     model, tokens = make_baseline("transformer_xl"), make_tokens(1, 6 * SEGMENT)

@@ -91,6 +91,22 @@ def test_a_row_is_document_query_and_summary_and_only_the_summary_is_learnt(tmp_
     assert not inputs[whole:].any() and len(inputs) == -(-whole // SEGMENT) * SEGMENT
 
 
+def test_queries_can_be_turns_of_a_conversation(tmp_path: Path) -> None:
+    tokenizer, documents = ended(), meetings(tmp_path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}[/]{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    store = tokenized(documents, tokenizer, tmp_path / "tokens")
+    rows = {"segment_length": SEGMENT, "max_tokens": 512}
+    examples = SummariesTask(tokenizer, store, open_summaries(documents), chat=True, **rows)
+    said = f"{MEETINGS['text'][0]}[user]When?[/][assistant]In May."
+    assert text_of(examples[1]["input_ids"][: len(said)]) == said
+    plain = SummariesTask(ended(), store, open_summaries(documents), chat=True, **rows)
+    said = f"{MEETINGS['text'][0]}\n\nQuestion: When?\nAnswer:In May."
+    assert text_of(plain[1]["input_ids"][: len(said)]) == said
+
+
 def test_items_of_a_batch_are_as_long_as_the_longest(tmp_path: Path) -> None:
     examples = task(tmp_path)
     alone, batch = [examples[1], examples[2]], examples.__getitems__([1, 2])

@@ -55,6 +55,8 @@ class MemorizingConfigMixin(BaselineConfigMixin):
     local_cache: bool = True
     gate_init: int | float = 0.0
 
+    stop_gradient = True  # into the segment before, as into the memory
+
     def __post_init__(self, **kwargs: Any) -> None:
         if self.memory_layer is None:
             self.memory_layer = max(self._layers * 3 // 4 - 1, 0)

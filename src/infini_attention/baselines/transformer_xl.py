@@ -22,7 +22,14 @@ from infini_attention.ops.local import continued
 
 @dataclass(kw_only=True)
 class TransformerXLConfigMixin(BaselineConfigMixin):
-    """A Transformer-XL: the fields of `BaselineConfigMixin`."""
+    """A Transformer-XL: the fields of `BaselineConfigMixin`, and its own.
+
+    Attributes:
+        stop_gradient: SG above; False lets gradients flow through the cache into the layers below, which then
+            learn what later segments want of them. Training only.
+    """
+
+    stop_gradient: bool = True
 
     local_cache = True
 
@@ -41,11 +48,13 @@ class TransformerXLAttentionMixin(SegmentAttentionMixin):
     def close(self, state: Any, hidden_states: Tensor) -> Any:
         """The segment as the next one's cache, unless `config.local_cache` is False.
 
-        Where there are gradients to come, keys and values are made anew from SG(h): of all tokens, if the
-        segment came whole, as in training; of the last ones, if it came in several calls.
+        Where there are gradients to come, keys and values are made anew from SG(h), if the config says so: of
+        all tokens, if the segment came whole, as in training; of the last ones, if it came in several calls.
         """
         if not self.config.local_cache:
             return super().close(state, hidden_states)
+        if not self.config.stop_gradient:
+            return replace(state.forgotten(), cached_key=state.key, cached_value=state.value)
         key, value = state.key.detach(), state.value.detach()
         if torch.is_grad_enabled():
             earlier = key.shape[2] - hidden_states.shape[1]

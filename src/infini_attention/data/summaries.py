@@ -1,9 +1,8 @@
 """Long documents, queries about them and people's summaries: read, put into words, trained on.
 
 A prompt is the document, a query, and the summary on a line of its own. Each of the three is tokenised by
-itself, so that a document can be read once and asked many times. The words are plain, also for models with a
-chat template: such a template puts a turn around what is asked, and the document, longer than any turn, would
-have to be in it.
+itself, so that a document can be read once and asked many times. The words are plain, or (`chat`) those of
+`infini ask`: the query is a turn of the tokenizer's chat template after the document, the summary the answer.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from infini_attention.data.documents import CORPORA, Documents, Row, open_rows, text_column, text_in, value_in
+from infini_attention.data.prompts import question_turn
 from infini_attention.data.shards import TokenStore
 from infini_attention.models.loss import IGNORED
 
@@ -66,9 +66,16 @@ def open_summaries(
     return _read(documents, query_column, column, query)
 
 
-def question_ids(tokenizer: PreTrainedTokenizerBase, query: str) -> list[int]:
-    """The tokens between a document and a summary."""
-    return _ids(tokenizer, QUESTION.format(query=query.strip()))
+def question_text(tokenizer: PreTrainedTokenizerBase, query: str, *, chat: bool) -> str:
+    """What stands between a document and a summary; with `chat` in the form of a conversation's turn."""
+    if chat:
+        return question_turn(tokenizer, query.strip(), first=False)
+    return QUESTION.format(query=query.strip())
+
+
+def question_ids(tokenizer: PreTrainedTokenizerBase, query: str, *, chat: bool = False) -> list[int]:
+    """The tokens of it."""
+    return _ids(tokenizer, question_text(tokenizer, query, chat=chat))
 
 
 def with_end(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -95,6 +102,7 @@ class SummariesTask(Dataset[dict[str, Tensor]]):
         asked: the same documents (`open_summaries`).
         segment_length: of the model.
         max_tokens: the longest a row may be, a multiple of the segment length.
+        chat: put queries as `infini ask` does.
 
     Raises:
         ValueError: no end-of-text token, a length that is no multiple, a query and a summary without room for
@@ -109,6 +117,7 @@ class SummariesTask(Dataset[dict[str, Tensor]]):
         *,
         segment_length: int,
         max_tokens: int,
+        chat: bool = False,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end-of-text token; set tokenizer.eos_token")
@@ -121,7 +130,7 @@ class SummariesTask(Dataset[dict[str, Tensor]]):
         self._examples, documents = [], 0
         for each in asked:
             for query, summary in zip(each.queries, each.summaries, strict=True):
-                question = question_ids(tokenizer, query)
+                question = question_ids(tokenizer, query, chat=chat)
                 answer = [*_ids(tokenizer, summary.strip()), tokenizer.eos_token_id]
                 self._examples.append((documents, question, answer))
             documents += 1

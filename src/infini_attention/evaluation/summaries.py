@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
 
 from infini_attention.data.documents import Documents, digest, pinned
-from infini_attention.data.summaries import GENERAL, QUESTION, Asked, open_summaries, question_ids
+from infini_attention.data.summaries import GENERAL, Asked, open_summaries, question_ids, question_text
 from infini_attention.data.texts import token_blocks
 from infini_attention.evaluation.estimates import Interval, figures_of_sums
 from infini_attention.evaluation.passkey import chunk_length
@@ -183,6 +183,7 @@ def summaries(
     query_column: str | None = None,
     summary_column: str | None = None,
     query: str = GENERAL,
+    chat: bool = False,
     decoding: Decoding = Decoding(),
     window: int | None = None,
     window_at: WindowAt = "end",
@@ -202,6 +203,7 @@ def summaries(
         query_column: see `infini_attention.data.summaries.open_summaries`.
         summary_column: see there.
         query: see there.
+        chat: put queries as `infini ask` does, as turns of the tokenizer's chat template.
         decoding: how summaries are generated.
         window: tokens of a document that the control sees; default half a segment. The other half is for the
             query and the summary, which attention then reads beside all that is left of the document.
@@ -234,7 +236,7 @@ def summaries(
         documents=documents.source,
         source=digest(documents),
         columns=columns,
-        prompt=QUESTION,
+        prompt=question_text(tokenizer, "{query}", chat=chat),
         decoding=decoding,
         window=window,
         window_at=window_at,
@@ -245,7 +247,7 @@ def summaries(
     asked = open_summaries(documents, query_column=query_column, summary_column=summary_column, query=query)
     began, earlier = time.perf_counter(), report.seconds
     with ReadingProgress(documents.source, None) as progress:
-        writer = _Writer(model, tokenizer, decoding, chunk_tokens, progress)
+        writer = _Writer(model, tokenizer, decoding, chunk_tokens, progress, chat=chat)
         for number, each in _left(asked, report):
             document = _summarized(writer, rouge, setting, number, each)
             seconds = earlier + time.perf_counter() - began
@@ -377,8 +379,10 @@ class _Writer:
         decoding: Decoding,
         chunk_tokens: int | None,
         progress: ReadingProgress,
+        *,
+        chat: bool,
     ) -> None:
-        self._model, self._tokenizer, self._decoding = model, tokenizer, decoding
+        self._model, self._tokenizer, self._decoding, self._chat = model, tokenizer, decoding, chat
         self._chunk_tokens = chunk_length(model, 1) if chunk_tokens is None else chunk_tokens
         self._progress = progress
 
@@ -394,7 +398,7 @@ class _Writer:
         for chunk in ids.split(self._chunk_tokens):
             self._call(chunk[None], cache)
         cache.batch_repeat_interleave(len(queries))
-        questions = [question_ids(self._tokenizer, query) for query in queries]
+        questions = [question_ids(self._tokenizer, query, chat=self._chat) for query in queries]
         choose = _chooser(self._decoding, number, len(queries))
         said = self._generated(cache, questions, choose)
         return [text.strip() for text in self._tokenizer.batch_decode(said, skip_special_tokens=True)]

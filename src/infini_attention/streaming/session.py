@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from infini_attention.data.prompts import question_turn
 from infini_attention.models import InfiniCache
 from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.streaming.decoder import Decoder
 from infini_attention.streaming.fingerprint import fingerprint
 from infini_attention.streaming.history import History
 from infini_attention.streaming.interrupts import uninterrupted
-from infini_attention.streaming.prompts import question_turn
 from infini_attention.streaming.sampling import Sampler, SamplingOptions
 from infini_attention.streaming.snapshots import Snapshots
 from infini_attention.streaming.sources import Source, token_ids

@@ -118,8 +118,9 @@ def _summaries(recipe: Recipe, chosen: SummariesRecipe) -> Material:
     def task(documents: Documents) -> SummariesTask:
         documents = pinned(documents)
         store = tokenized(documents, tokenizer, recipe.data.shards)
+        asked = open_summaries(documents, **columns)
         lengths = {"segment_length": segment_length, "max_tokens": chosen.max_tokens}
-        return SummariesTask(tokenizer, store, open_summaries(documents, **columns), **lengths)
+        return SummariesTask(tokenizer, store, asked, chat=chosen.chat, **lengths)
 
     with recipe.training.main_process_first(local=False, desc="tokenising"):
         train = task(chosen.documents)

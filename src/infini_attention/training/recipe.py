@@ -178,6 +178,7 @@ class SummariesRecipe:
         summary_column: Of the summaries; by default a corpus' own, else summaries.
         query: What is asked where rows have one summary and no query.
         max_tokens: Of a row, whole segments; of a longer document the middle is left out.
+        chat: Put queries as infini ask does, as turns of the tokenizer's chat template.
     """
 
     documents: Documents
@@ -186,6 +187,7 @@ class SummariesRecipe:
     summary_column: str | None = None
     query: str = GENERAL
     max_tokens: int = 32_768
+    chat: bool = False
 
 
 @dataclass
