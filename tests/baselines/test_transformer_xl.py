@@ -114,8 +114,10 @@ def test_gradients_can_flow_through_the_cache() -> None:
         logits = each(inputs_embeds=embeddings).logits
         logits[:, SEGMENT:].square().sum().backward()
         gradients.append(embeddings.grad)
-    assert gradients[0][:, :SEGMENT].abs().amax() > 0
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)  # angles are fp32
+    ours, wanted = (gradient[:, :SEGMENT] for gradient in gradients)
+    most = float(wanted.abs().amax())
+    assert most > 0
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5 * most)  # angles are fp32
 
 
 @torch.no_grad()
