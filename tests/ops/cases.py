@@ -37,6 +37,7 @@ class Row:
     local_key: Tensor
     weights: Tensor | None = None
     context_key: Tensor | None = None
+    local_value: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -44,7 +45,7 @@ class Row:
 
     def tokens(self) -> dict[str, Tensor]:
         """What there is of every token, by name."""
-        tensors = {name: getattr(self, name) for name in (*TOKEN_FIELDS, "context_key")}
+        tensors = {name: getattr(self, name) for name in (*TOKEN_FIELDS, "context_key", "local_value")}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def cut(self, first: int, last: int) -> "Row":
@@ -119,10 +120,14 @@ def make_case(
     head_dim: int = 4,
     value_dim: int = 3,
     rotated: bool = True,
+    own_values: bool = False,
     weighted: bool = False,
     **settings: Any,
 ) -> Case:
-    """A case of rows of these `lengths` in fp64; `settings` go to `infini_attention` as they are."""
+    """A case of rows of these `lengths` in fp64; with `own_values` local attention has values of its own.
+
+    `settings` go to `infini_attention` as they are.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*sizes: int) -> Tensor:
@@ -137,7 +142,8 @@ def make_case(
         weights = randn(segments).exp() if weighted else None
         value, outside = randn(kv_heads, length, value_dim), settings.get("local_attention", "segment")
         context_key = randn(*key.shape) if rotated and outside != "segment" else None
-        rows.append(Row(query, key, value, local_query, local_key, weights, context_key))
+        local_value = randn(*value.shape) if own_values else None
+        rows.append(Row(query, key, value, local_query, local_key, weights, context_key, local_value))
     return Case(rows, randn(kv_heads * group), settings)
 
 
@@ -160,6 +166,7 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
         "head_dim": draw(st.integers(1, 5)),
         "value_dim": draw(st.integers(1, 4)),
         "rotated": draw(st.booleans()),
+        "own_values": draw(st.booleans()),
         "weighted": draw(st.booleans()),
         "segment_length": segment_length,
         "update_rule": update_rule,

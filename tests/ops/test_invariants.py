@@ -79,7 +79,8 @@ def test_at_most_one_segment_is_ordinary_attention_bit_for_bit(
     arguments, _ = lay_out(case.rows, "none")
     arguments = {name: x.transpose(1, 2).contiguous().transpose(1, 2) for name, x in arguments.items()}
     output, _ = infini_attention(**arguments, **case.settings, gate=case.gate, backend=backend)
-    local = [arguments[name] for name in ("local_query", "local_key", "value")]
+    local = [arguments[name] for name in ("local_query", "local_key")]
+    local.append(arguments.get("local_value", arguments["value"]))
     grouped = local[0].shape[1] != local[1].shape[1]
     scale = (
         case.settings["scale"] or local[0].shape[-1] ** -0.5

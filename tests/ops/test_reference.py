@@ -24,6 +24,7 @@ def test_the_reference_is_the_papers_equations(data: st.DataObject, case: Case) 
             local_query=row.local_query.numpy(),
             local_key=row.local_key.numpy(),
             context_key=(row.local_key if row.context_key is None else row.context_key).numpy(),
+            local_value=(row.value if row.local_value is None else row.local_value).numpy(),
             gate=case.gate.numpy(),
             weights=np.ones(segments) if row.weights is None else row.weights.numpy(),
             **case.settings,

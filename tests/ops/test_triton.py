@@ -119,6 +119,13 @@ def test_what_is_seen_outside_a_segment_equals_the_reference(update_rule: str, l
 
 
 @pytest.mark.parametrize("update_rule", ["linear", "delta"])
+def test_local_values_of_their_own_equal_the_reference(update_rule: str) -> None:
+    settings = {"head_dim": 16, "value_dim": 16, "segment_length": 8, "own_values": True}
+    check([40, 8, 21], update_rule=update_rule, feature_map="exp", **settings)
+    check([24], update_rule=update_rule, feature_map="exp", local_attention="sliding", **settings)
+
+
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
 def test_heads_wider_than_a_block_equal_the_reference(update_rule: str) -> None:
     check(
         [40],

@@ -56,6 +56,10 @@ WRONG = {
     ),
     "local query": (good(local_query=torch.randn(2, 4, 9, 8)), "local_query is .*it must be like query"),
     "local key": (good(local_key=torch.randn(2, 2, 10, 8).half()), "local_key is .*float16.*like key"),
+    "local value": (
+        good(local_value=torch.randn(2, 2, 10, 9)),
+        r"local_value is \(2, 2, 10, 9\).*like value",
+    ),
     "no heads": (good(query=torch.randn(2, 0, 10, 8)), "0 heads and key 2; heads must be a multiple"),
     "local query elsewhere": (
         good(local_query=META.new_zeros(2, 4, 10, 8)),
@@ -179,7 +183,7 @@ def spoilt(tensor: torch.Tensor, value: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["query", "key", "value", "gate", "local_query", "local_key"])
+@pytest.mark.parametrize("name", ["query", "key", "value", "gate", "local_query", "local_key", "local_value"])
 def test_one_bad_value_of_an_input_is_found_when_asked_for(name: str, value: float) -> None:
     arguments = good()
     tensor = arguments[name.removeprefix("local_")]

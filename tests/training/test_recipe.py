@@ -135,6 +135,14 @@ def test_a_wrong_name_or_type_is_named(capsys: pytest.CaptureFixture[str], overr
             r"model.gate_init; leave out",
         ),
         (
+            [
+                "--model.baseline=transformer_xl",
+                "--training.observe_steps=0",
+                "--training.stop_gradient=true",
+            ],
+            r"'transformer_xl', which has no use for .*training.stop_gradient; leave out",
+        ),
+        (
             ["--model.baseline=full", "--training.detach_every=2", "--training.repeat_ceiling=9"],
             r"'full', which has no use for .*training.observe_steps, training.repeat_ceiling, "
             r"training.detach_every",
@@ -403,6 +411,7 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
         {"training": {"least_segments": 2, "repeat_ceiling": 10.0, "curriculum_steps": 3}},
         {"training": {"checkpoint_segments": 1, "detach_every": 2, "gradient_accumulation_steps": 2}},
         {"training": {"optim": "adafactor", "observe_steps": 1}},
+        {"training": {"stop_gradient": True, "checkpoint_segments": 2, "observe_steps": 1}},
         {"model": {"memory": False}},
         {"model": {"family": "qwen3", "update_rule": "delta", "sizes": {**SIZES, "head_dim": 16}}},
     ],

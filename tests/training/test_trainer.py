@@ -223,6 +223,21 @@ def test_checkpointed_segments_train_the_same(
     assert losses[0] != pytest.approx(losses[2], abs=1e-5)  # the write side is cut off
 
 
+def test_a_stopped_gradient_trains_otherwise_from_the_same_loss(
+    make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM
+) -> None:
+    start = {name: x.clone() for name, x in model.state_dict().items()}
+    losses = []
+    for settings in ({}, {"stop_gradient": True}, {"stop_gradient": True, "checkpoint_segments": 2}):
+        model.load_state_dict(start)
+        trainer = make_trainer(**settings)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0][0] == pytest.approx(losses[1][0], abs=1e-4)
+    assert losses[0] != pytest.approx(losses[1], abs=1e-5)
+    assert losses[1] == pytest.approx(losses[2], abs=1e-4)
+
+
 def test_inputs_that_are_cut_count_the_tokens_that_are_left(
     make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM
 ) -> None:

@@ -35,6 +35,7 @@ class SegmentContext(NamedTuple):
         segment_weights: (rows, segments) how often each segment counts in memory; None for once.
         context_group: the process group whose ranks hold runs of segments of these rows, if there is one.
         tokens_before: (batch,) what rows have before this process's run; None without a group.
+        stop_gradient: whether gradients that come through the memory end at a layer's keys and values.
     """
 
     padding_mask: Tensor | None
@@ -45,6 +46,7 @@ class SegmentContext(NamedTuple):
     context_group: Any = None
     tokens_before: Tensor | None = None
     context_rotations: dict[str, Rotation] | None = None
+    stop_gradient: bool = False
 
 
 class FamilyAttentionMixin(nn.Module):
@@ -118,7 +120,6 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
         recent = None if cache is None else cache.recent(self.layer_idx)
         query, key, value, seen = self.project(hidden_states, recent, segment_context)
         local_query, local_key = self._rotate(query, key, segment_context.rotations[self.rotation_type])
-        tensors = query, key, value, self.memory_gate()
         settings = {
             "local_query": local_query,
             "local_key": local_key,
@@ -132,6 +133,10 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
         if segment_context.context_rotations is not None:
             rotation = segment_context.context_rotations[self.rotation_type]
             settings["context_key"] = self._rotate_key(key, rotation)
+        if segment_context.stop_gradient and torch.is_grad_enabled():
+            settings["local_value"] = value
+            _, key, value, _ = self.project(hidden_states.detach(), recent, segment_context)
+        tensors = query, key, value, self.memory_gate()
         if isinstance(cache, InfiniStepCache):
             output = infini_attention_step(
                 *tensors, cache.buffers, self.layer_idx, width=cache.width, **settings

@@ -79,6 +79,7 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
         segment_weights: Tensor | None = None,
         checkpoint_segments: int | None = None,
         detach_every: int | None = None,
+        stop_gradient: bool = False,
         context_group: Any = None,
         **kwargs: Any,
     ) -> Any:
@@ -98,6 +99,8 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
             checkpoint_segments: so many segments go through the whole model at once, and again in the
                 backward pass: only their states are kept between. Gradients are those of the whole.
             detach_every: gradients do not flow through the memory past every so many segments.
+            stop_gradient: what memory is to hold teaches each layer's key and value projections, and not the
+                layers below, as in Transformer-XL (arXiv 1901.02860, SG). Outputs are the same.
             context_group: a torch.distributed process group whose ranks hold runs of whole segments of the
                 same sequences, in order; see `infini_attention.ops.context_parallel`.
             **kwargs: a cache (InfiniCache), `cu_seq_lens_q` (documents + 1,) for documents packed into a
@@ -129,6 +132,7 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
                 use_cache=use_cache,
                 checkpoint_segments=checkpoint_segments,
                 detach_every=detach_every,
+                stop_gradient=stop_gradient,
                 **kwargs,
             )
         if isinstance(cache, InfiniStepCache) and (length != 1 or batch != len(cache.buffers.used)):
@@ -194,6 +198,7 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
                 context_group,
                 before,
                 context_rotations,
+                stop_gradient,
             ),
             **{CACHE_ARGUMENT: cache},
             **kwargs,
@@ -362,10 +367,10 @@ class InfiniForCausalLMMixin(InfiniPreTrainedMixin):
             segment_weights: see there.
             loss_chunk: logits of so many tokens exist at once; the output then has a loss and no logits.
             teaching: what a teacher says to the first tokens, for the loss; with `loss_chunk` only.
-            **kwargs: a cache, `checkpoint_segments`, `detach_every` and `context_group` as in the decoder's
-                forward, `num_items_in_batch` that losses are divided by, `shift_labels` (batch, length) in
-                place of `labels`, which stand where they are predicted, and whatever else the family's
-                forward takes.
+            **kwargs: a cache, `checkpoint_segments`, `detach_every`, `stop_gradient` and `context_group` as
+                in the decoder's forward, `num_items_in_batch` that losses are divided by, `shift_labels`
+                (batch, length) in place of `labels`, which stand where they are predicted, and whatever else
+                the family's forward takes.
         """
         kwargs |= {
             "input_ids": input_ids,

@@ -17,7 +17,11 @@ from infini_attention.ops import MemoryState
 
 OPEN = -SHUT  # its sigmoid is exactly 1
 LOSS_CHUNK = 2048  # tokens whose logits exist at once
-GRADIENT_SETTINGS = ("checkpoint_segments", "detach_every")  # of forward; they change gradients only
+GRADIENT_SETTINGS = (
+    "checkpoint_segments",
+    "detach_every",
+    "stop_gradient",
+)  # of forward; they change gradients only
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ def attend_in_segments(
     inputs: Inputs, block: Whole, state: MemoryState, options: Options
 ) -> tuple[Tensor, MemoryState]:
     """Local attention of whole segments, (runs, heads, N, value_dim), and the state with the next context."""
-    key, value, mask = inputs.local_key, inputs.value, None
+    key, value, mask = inputs.local_key, inputs.seen_value, None
     if inputs.context_key is not None:
         assert state.context_key is not None and state.context_value is not None
         keys, next_key = _contexts(state.context_key, inputs.context_key, block, state)
-        values, next_value = _contexts(state.context_value, inputs.value, block, state)
+        values, next_value = _contexts(state.context_value, inputs.seen_value, block, state)
         state = replace(state, context_key=next_key, context_value=next_value)
         if not all(block.first):
             key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)

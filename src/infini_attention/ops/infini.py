@@ -36,6 +36,7 @@ def infini_attention(
     segment_length: int,
     local_query: Tensor | None = None,
     local_key: Tensor | None = None,
+    local_value: Tensor | None = None,
     context_key: Tensor | None = None,
     update_rule: str = "linear",
     feature_map: str = "elu1",
@@ -66,6 +67,8 @@ def infini_attention(
         segment_length: N, tokens a segment.
         local_query: `query` with position embedding, for local attention; default `query`.
         local_key: `key` with position embedding; default `key`.
+        local_value: the values that local attention sees; default `value`, and in the paper the same. In
+            training they can be equal and reached by other gradients than what memory holds.
         context_key: `key` as later segments see it, where local attention sees outside its own: with the
             position embedding of a place that is segment_length ("sliding") or sink_tokens ("sink") before
             that of `local_key`, so that token j of a segment is N + j - i, or sink_tokens + j - i, from
@@ -118,7 +121,7 @@ def infini_attention(
             "leave it out, or choose local_attention='sliding' or 'sink'"
         )
     context_key = local_key if context and context_key is None else context_key
-    _check_shapes(query, key, value, gate, local_query, local_key, context_key)
+    _check_shapes(query, key, value, gate, local_query, local_key, local_value, context_key)
     _check_masks(query, padding_mask, cu_seqlens)
     rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     lengths = [0] * rows
@@ -144,7 +147,8 @@ def infini_attention(
             "local_query": local_query,
             "local_key": local_key,
         }
-        tokens |= {} if context_key is None else {"context_key": context_key}
+        others = {"local_value": local_value, "context_key": context_key}
+        tokens |= {name: x for name, x in others.items() if x is not None}
         _check_finite({name: _without_padding(x, padding_mask) for name, x in tokens.items()})
         fields = {name: x for name, x in state.tensors().items() if name != "length"}
         _check_finite({"gate": gate} | fields)
@@ -169,7 +173,9 @@ def infini_attention(
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap,
     )
-    inputs = Inputs(query, key, value, local_query, local_key, context_key, gate, segment_weights)
+    inputs = Inputs(
+        query, key, value, local_query, local_key, local_value, context_key, gate, segment_weights
+    )
     width = max(query.shape[-1], *state.memory.shape[-2:])
     with torch.autocast(autocast_type(query.device), enabled=False):
         return _backend(backend, inputs, width, normalization)(inputs, layout, state, options)
@@ -246,6 +252,7 @@ def _check_shapes(
     gate: Tensor,
     local_query: Tensor,
     local_key: Tensor,
+    local_value: Tensor | None,
     context_key: Tensor | None,
 ) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -275,6 +282,7 @@ def _check_shapes(
     if heads == 0 or kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query has {heads} heads and key {kv_heads}; heads must be a multiple of kv_heads")
     encoded = [("local_query", local_query, query), ("local_key", local_key, key)]
+    encoded += [] if local_value is None else [("local_value", local_value, value)]
     encoded += [] if context_key is None else [("context_key", context_key, key)]
     for name, local, plain in encoded:
         if local.shape != plain.shape or local.dtype != plain.dtype or local.device != plain.device:

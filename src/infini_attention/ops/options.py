@@ -35,7 +35,8 @@ class Inputs:
     """Tensors of one call, all checked, no defaults left to fill in; shapes as in `infini_attention`.
 
     `segment_weights` is (rows, segments) in the state's dtype, or None, or int64 where they are copies under
-    the delta rule; `context_key` is None where no token sees anything outside its own segment.
+    the delta rule; `context_key` is None where no token sees anything outside its own segment, `local_value`
+    where it is `value`.
     """
 
     query: Tensor
@@ -43,9 +44,15 @@ class Inputs:
     value: Tensor
     local_query: Tensor
     local_key: Tensor
+    local_value: Tensor | None
     context_key: Tensor | None
     gate: Tensor
     segment_weights: Tensor | None
+
+    @property
+    def seen_value(self) -> Tensor:
+        """The values that local attention sees."""
+        return self.value if self.local_value is None else self.local_value
 
     @property
     def copies(self) -> Tensor | None:
@@ -60,6 +67,7 @@ class Inputs:
             value=function(self.value),
             local_query=function(self.local_query),
             local_key=function(self.local_key),
+            local_value=None if self.local_value is None else function(self.local_value),
             context_key=None if self.context_key is None else function(self.context_key),
             gate=self.gate,
             segment_weights=segment_weights,
@@ -68,7 +76,7 @@ class Inputs:
     def needs_gradient(self, state: "MemoryState") -> bool:
         """Whether autograd will ask for anything of this call."""
         tensors = [self.query, self.key, self.value, self.local_query, self.local_key, self.gate]
-        tensors += [] if self.context_key is None else [self.context_key]
+        tensors += [each for each in (self.context_key, self.local_value) if each is not None]
         tensors += state.tensors().values()
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 

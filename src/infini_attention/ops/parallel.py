@@ -129,7 +129,7 @@ def _open_segment(
         keys, values = torch.where(valid, keys, 0), torch.where(valid, values, 0)
 
     local_keys = continued(state.local_key, inputs.local_key)
-    local_values = continued(state.local_value, inputs.value)
+    local_values = continued(state.local_value, inputs.seen_value)
     local = _attend_in_open_segment(inputs.local_query, local_keys, local_values, part, state, options)
     output = _mix(inputs, local, *state.readable, options)
 

@@ -69,7 +69,7 @@ def _piece(inputs: Inputs, column: int, state: MemoryState, options: Options) ->
     # (6) local attention over the segment so far, and what stands outside it
     used = int(state.open_length)  # places beyond it are there for rows with a longer open segment
     K_local = continued(state.local_key[:, :, :used], inputs.local_key)
-    V_local = continued(state.local_value[:, :, :used], inputs.value)
+    V_local = continued(state.local_value[:, :, :used], inputs.seen_value)
     first = int(state.length) < options.segment_length
     A_dot = _local(inputs.local_query, *_seen(K_local, V_local, first, state), options)
 

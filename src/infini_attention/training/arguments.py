@@ -34,6 +34,8 @@ class InfiniTrainingArguments(TrainingArguments):
         checkpoint_segments: so many segments go through the model at once, and again in the backward pass,
             which keeps only their states between; None keeps every activation.
         detach_every: gradients do not flow through the memory past every so many segments; None for never.
+        stop_gradient: what memory is to hold teaches each layer's key and value projections, and not the
+            layers below, as in Transformer-XL; models from nothing learn books faster so.
         carry_memory: the memory goes on from step to step, row by row, and starts afresh where a row's
             `starts_document` says so; see `infini_attention.data.windows.CarriedWindows`.
         context_parallel_size: so many processes share each sequence, a run of whole segments each.
@@ -65,6 +67,7 @@ class InfiniTrainingArguments(TrainingArguments):
     loss_chunk: int = field(default=2048)
     checkpoint_segments: int | None = field(default=None)
     detach_every: int | None = field(default=None)
+    stop_gradient: bool = field(default=False)
     carry_memory: bool = field(default=False)
     context_parallel_size: int = field(default=1)
     cuda_graphs: bool = field(default=False)

@@ -311,6 +311,7 @@ class Recipe:
             "training.context_parallel_size": training.context_parallel_size > 1,
             "training.observe_steps": training.observe_steps > 0,
             "training.repeat_ceiling": training.repeat_ceiling > 1,
+            "training.stop_gradient": training.stop_gradient,
         }
         if name == "full":
             given["training.checkpoint_segments"] = training.checkpoint_segments is not None

@@ -256,7 +256,9 @@ class InfiniTrainer(Trainer):
     def _loss_of(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if self._teacher is not None and model.training:
             inputs["teaching"] = self._teacher.teach(inputs["input_ids"], inputs.get("attention_mask"))
-        loss: Tensor = model(**inputs, use_cache=False, loss_chunk=self.args.loss_chunk).loss
+        settings: dict[str, Any] = {"use_cache": False, "loss_chunk": self.args.loss_chunk}
+        settings |= {"stop_gradient": True} if self.args.stop_gradient else {}
+        loss: Tensor = model(**inputs, **settings).loss
         return loss
 
     def _check_loss(self, loss: Tensor) -> None:
