@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from infini_attention.baselines.systems import system_name
+
 from . import naive
 from .cases import SEGMENT, SIZES, make_baseline, make_tokens
 
@@ -98,6 +100,12 @@ def test_no_gradient_flows_into_the_segment_before() -> None:
     model(inputs_embeds=embeddings).logits[:, 3 * SEGMENT :].square().sum().backward()
     touched = embeddings.grad[0].abs().amax(dim=-1) > 0
     assert not touched[: 3 * SEGMENT].any() and touched[3 * SEGMENT :].all()
+
+
+def test_tables_tell_whether_it_stops_them() -> None:
+    assert system_name(make_baseline("transformer_xl")) == "Transformer-XL"
+    not_stopped = make_baseline("transformer_xl", stop_gradient=False)
+    assert system_name(not_stopped) == "Transformer-XL, gradient not stopped"
 
 
 def test_gradients_can_flow_through_the_cache() -> None:

@@ -268,6 +268,18 @@ def test_the_command_reads_a_folder_of_any_system_and_finds_its_training(
         assert "is a baseline; update_rule can be set only when retrofitting" in capsys.readouterr().err
 
 
+def test_a_stopped_gradient_makes_another_system_of_a_model(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make("infini").save_pretrained(tmp_path / "model")
+    BYTES.save_pretrained(tmp_path / "model")
+    (tmp_path / "summary.json").write_text(json.dumps({"steps": 3, "stop_gradient": True}))
+    command = ["perplexity", source, "--model", str(tmp_path / "model"), "--device", "cpu", "--json"]
+    for more, name in (([], "Infini delta, stopped gradient"), (["--system", "ours"], "ours")):
+        main([*command, *more])
+        assert json.loads(capsys.readouterr().out)["setting"]["system"] == name
+
+
 def test_the_command_reads_with_a_window_in_place_of_a_memory(
     source: str, base_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

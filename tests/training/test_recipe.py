@@ -422,6 +422,7 @@ def test_every_way_to_train_ends_with_figures(tmp_path: Path, changes: dict[str,
     figures = train(reading.recipe, reading.text)
     assert figures["steps"] == 6
     assert figures["validation_loss"] < 6
+    assert figures.get("stop_gradient", False) == reading.recipe.training.stop_gradient
     without = not reading.recipe.model.memory
     assert (figures["gate_max"] == 0) == without
     assert (figures["validation_loss"] == figures["validation_loss_memory_off"]) == without

@@ -38,7 +38,7 @@ def system_name(model: Any) -> str:
             return f"attention sinks, {config.sinks} of {config.window:,}"
         return f"sliding window of {config.window:,}"
     if isinstance(config, TransformerXLConfigMixin):
-        return "Transformer-XL"
+        return "Transformer-XL" if config.stop_gradient else "Transformer-XL, gradient not stopped"
     raise ValueError(
         f"{type(config).__name__} is no config of an infini_* model or a baseline; give one of these"
     )

@@ -218,7 +218,8 @@ def document_perplexity(
         tokenizer: the model's, a fast one.
         documents: which ones.
         name: what to call them in tables; default their source.
-        system: what to call the model in tables; default by its kind, as `system_name` has it.
+        system: what to call the model in tables; default by its kind, as `system_name` has it, and whether it
+            was trained with `stop_gradient`.
         max_tokens: read of each document at most.
         memory_off: read everything also with every gate shut, where an `infini_*` model has some that are
             open. What other systems hold besides goes on without their gates.
@@ -234,10 +235,11 @@ def document_perplexity(
             without text, or an output that holds something else.
     """
     _check(model, max_tokens, batch_rows, chunk_tokens)
+    trained = _trained(model.name_or_path)
     setting = Setting(
         model=model.name_or_path,
         model_type=model.config.model_type,
-        system=system_name(model) if system is None else system,
+        system=_system(model, trained) if system is None else system,
         fingerprint=fingerprint(model, tokenizer),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         segment_length=model.config.segment_length,
@@ -248,7 +250,7 @@ def document_perplexity(
         max_tokens=max_tokens,
         memory_off=memory_off and isinstance(model.config, InfiniConfigMixin) and has_open_gates(model),
     )
-    report = PerplexityReport(setting, provenance(), _trained(model.name_or_path))
+    report = PerplexityReport(setting, provenance(), trained)
     if output is not None and output.exists():
         report = _resumed(output, report)
     read = {document.number for document in report.documents}
@@ -340,6 +342,12 @@ def _trained(model: str) -> dict[str, Any] | None:
         return None
     figures: dict[str, Any] = json.loads(summary.read_text())
     return figures
+
+
+def _system(model: Any, trained: dict[str, Any] | None) -> str:
+    """What to call the model: its kind, and how it was trained where that makes another system of it."""
+    stopped = trained is not None and trained.get("stop_gradient")
+    return f"{system_name(model)}, stopped gradient" if stopped else system_name(model)
 
 
 def _resumed(output: Path, report: PerplexityReport) -> PerplexityReport:

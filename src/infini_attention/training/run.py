@@ -51,6 +51,7 @@ def train(recipe: Recipe, text: str) -> dict[str, Any]:
     with _shown(trainer):
         trainer.train(resume_from_checkpoint=_going_on(args, folder))
     figures: dict[str, Any] = {"steps": trainer.state.global_step} | trainer.cost.figures()
+    figures |= {"stop_gradient": True} if args.stop_gradient else {}  # what the weights do not tell
     if trainer.stopped_by is not None:
         return figures | {"stopped_by": trainer.stopped_by, "output": str(folder)}
     figures |= measured(trainer, material) | {"output": str(folder / MODEL)}
