@@ -238,6 +238,7 @@ def test_what_it_cannot_do_is_refused_in_words(segmented: Any) -> None:
         ({"attention_mask": padded[:, 1:]}, r"attention_mask is \(2, 19\)"),
         ({"position_ids": torch.arange(20)[None] % 12}, "documents are packed.*one document a row"),
         ({"segment_weights": torch.ones(2, 3)}, "segment_weights is set.*leave it out"),
+        ({"stop_gradient": True}, "stop_gradient is set.*leave it out"),
         ({"context_group": "group"}, "context_group is set"),
         ({"output_attentions": True}, "output_attentions=True"),
         ({"output_hidden_states": True}, "output_hidden_states=True"),
@@ -259,6 +260,7 @@ def test_what_it_cannot_do_is_refused_in_words(segmented: Any) -> None:
     ("name", "field", "value", "words"),
     [
         ("sliding_window", "window", 0, "window is 0; give a whole number of at least 1"),
+        ("memorizing", "stop_gradient", False, "stop_gradient is False, and no gradient flows into this"),
         ("sliding_window", "sinks", -1, "sinks is -1, and window 11; give from 0 to 10 sinks"),
         ("sliding_window", "sinks", 11, "sinks is 11, and window 11; give from 0 to 10 sinks"),
         ("sliding_window", "window", 4096, "window is 4096, more than .* max_position_embeddings, 2048"),

@@ -1,5 +1,6 @@
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from infini_attention.cli import main
-from infini_attention.data.answers import GENERAL, Passages, Sampling, answered, written
+from infini_attention.data.answers import ABOUT, GENERAL, Passages, Sampling, answered, written
 from infini_attention.data.documents import Documents
 from infini_attention.data.facts import KINDS, candidates
 from infini_attention.data.summaries import Asked, open_summaries, with_end
@@ -37,6 +38,7 @@ class Speaker:
 
     def __init__(self, words: str = "Waves.", *, window: int = 10_000, ends: bool = True) -> None:
         self.config = SimpleNamespace(max_position_embeddings=window)
+        self.generation_config = SimpleNamespace(eos_token_id=None)
         self.said = BYTES(words)["input_ids"] + [BYTES.eos_token_id] * ends
         self.asked: list[str] = []
 
@@ -109,8 +111,53 @@ def test_a_line_of_the_file_is_a_document_with_queries(documents: Documents, tmp
     ]
     with pytest.raises(ValueError, match=r"answers.jsonl is there already; name a new file"):
         list(written(found, tmp_path / "answers.jsonl"))
-    with pytest.raises(ValueError, match="cannot be written: No such file or directory; name another place"):
-        list(written(found, tmp_path / "no" / "answers.jsonl"))
+    assert list(written(found, tmp_path / "new" / "answers.jsonl")) == found
+    with pytest.raises(ValueError, match="cannot be written: File exists; name another place"):
+        list(written(found, tmp_path / "a.txt" / "answers.jsonl"))
+
+
+def test_what_fails_in_reading_is_not_said_of_the_file(tmp_path: Path) -> None:
+    def failing() -> Iterator[Asked]:
+        yield Asked("a", "Waves.", ["What?"], ["Waves."])
+        raise ConnectionError("no network")
+
+    with pytest.raises(ConnectionError, match="no network"):
+        list(written(failing(), tmp_path / "answers.jsonl"))
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+
+
+def test_where_no_sentence_has_room_there_is_no_passage(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("wave" * 5_000)
+    documents = Documents(str(tmp_path / "one.txt"))
+    assert passages(documents, Speaker(), told=0.0) == []
+    told = passages(documents, Speaker(), told=1.0)
+    assert len(told) == EACH and all("wave" not in each.text for each in told)
+
+
+def test_a_passage_goes_on_as_its_document_does(documents: Documents) -> None:
+    for each in passages(documents, Speaker(), told=0.0):
+        numbers = [int(number) for number in re.findall(r"The (\d+)th", each.text)]
+        assert numbers == [*range(numbers[0], numbers[0] + len(numbers))] if numbers else "ehT" in each.text
+
+
+def test_a_turn_may_end_with_another_token(documents: Documents) -> None:
+    model = Speaker("Waves.~", ends=False)
+    model.generation_config.eos_token_id = [BYTES("~")["input_ids"][0]]
+    found = passages(documents, model, told=0.0)
+    assert found and all(answer == "Waves." for each in found for answer in each.summaries)
+
+
+def test_the_window_has_room_for_a_templates_own_words(documents: Documents) -> None:
+    tokenizer = with_end(byte_tokenizer())
+    tokenizer.chat_template = (
+        "{{ 'You help. ' * 30 }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    )
+    model, sampling = Speaker(window=2_000), Sampling(max_new_tokens=100)
+    with pytest.raises(ValueError, match="give at most") as refused:
+        answered(model, tokenizer, documents, Passages(most_tokens=1_900), sampling)
+    most = int(str(refused.value).rsplit(" ", 1)[1])
+    list(answered(model, tokenizer, documents, Passages(most_tokens=most, told=0.0), sampling))
+    assert max(map(len, model.asked)) + 100 <= 2_000
 
 
 @pytest.mark.parametrize(
@@ -146,13 +193,14 @@ def test_the_command_writes_what_a_model_says(
 ) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=257, max_position_embeddings=4_096, **sizes)
+    torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     BYTES.save_pretrained(tmp_path / "model")
-    few = ["--least_tokens", "100", "--most_tokens", "300", "--told", "1", "--each", "3"]
+    few = ["--least_tokens", "100", "--most_tokens", "300", "--told", "0.5", "--each", "6"]
     output = tmp_path / "answers.jsonl"
     main(["answers", documents.source, "--model", str(tmp_path / "model"), "-o", str(output), *few])
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     asked = sum(len(row["queries"]) for row in rows)
-    assert len(rows) == 6 and capsys.readouterr().out == (
-        f"{output}: 6 passages with {asked} questions and answers\n"
-    )
+    assert capsys.readouterr().out == f"{output}: {len(rows)} passages with {asked} questions and answers\n"
+    by_model = [row for row in rows if set(row["queries"]) & {*ABOUT, *GENERAL}]
+    assert 0 < len(by_model) < len(rows)

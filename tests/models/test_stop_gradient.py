@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.models.families import InfiniLlamaConfig, InfiniLlamaForCausalLM
 
 SEGMENT, LENGTH = 8, 32
@@ -61,6 +62,27 @@ def test_runs_change_nothing_of_it(runs: dict[str, int]) -> None:
     wanted, ours = gradients(model, stop_gradient=True), gradients(model, stop_gradient=True, **runs)
     for name, gradient in wanted.items():
         torch.testing.assert_close(ours[name], gradient, msg=name)
+
+
+def test_runs_that_look_back_over_their_ends_are_refused() -> None:
+    model = make(2, short_convolution=3).train()
+    with pytest.raises(ValueError, match=r"short_convolution 3\); leave out checkpoint_segments"):
+        gradients(model, stop_gradient=True, checkpoint_segments=1)
+
+
+def test_what_a_cache_looks_back_at_takes_no_gradient() -> None:
+    model = make(1, short_convolution=3)
+    embeddings = torch.randn(1, SEGMENT, 32, dtype=torch.float64, requires_grad=True)
+    before = model(inputs_embeds=embeddings, use_cache=True, stop_gradient=True)
+    after = model(
+        inputs_embeds=torch.randn(1, 2 * SEGMENT, 32, dtype=torch.float64),
+        use_cache=True,
+        stop_gradient=True,
+        **{CACHE_ARGUMENT: before[CACHE_ARGUMENT]},
+    )
+    state = after[CACHE_ARGUMENT].layers[0].state
+    (gradient,) = torch.autograd.grad(state.memory.sum(), embeddings, allow_unused=True)
+    assert gradient is None or not gradient.any()
 
 
 def test_the_projections_learn_what_memory_is_to_hold() -> None:

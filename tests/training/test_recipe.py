@@ -143,6 +143,15 @@ def test_a_wrong_name_or_type_is_named(capsys: pytest.CaptureFixture[str], overr
             r"'transformer_xl', which has no use for .*training.stop_gradient; leave out",
         ),
         (
+            [
+                "--model.base=x",
+                "--model.sizes={}",
+                "--model.lora.dropout=0.1",
+                "--training.stop_gradient=true",
+            ],
+            "model.lora.dropout is 0.1, and training.stop_gradient makes keys and values twice",
+        ),
+        (
             ["--model.baseline=full", "--training.detach_every=2", "--training.repeat_ceiling=9"],
             r"'full', which has no use for .*training.observe_steps, training.repeat_ceiling, "
             r"training.detach_every",

@@ -56,6 +56,7 @@ class FullAttentionModelMixin(nn.Module):
         segment_weights: Tensor | None = None,
         checkpoint_segments: int | None = None,
         detach_every: int | None = None,
+        stop_gradient: bool = False,
         context_group: Any = None,
         **kwargs: Any,
     ) -> Any:
@@ -64,6 +65,7 @@ class FullAttentionModelMixin(nn.Module):
             segment_weights=segment_weights,
             checkpoint_segments=checkpoint_segments,
             detach_every=detach_every,
+            stop_gradient=stop_gradient or None,
             context_group=context_group,
         )
         cache = pop_cache(kwargs)

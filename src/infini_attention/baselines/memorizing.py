@@ -66,6 +66,8 @@ class MemorizingConfigMixin(BaselineConfigMixin):
         """Raise ValueError for fields that cannot be right."""
         super().validate_baseline()
         self.check_counts("memory_size", "neighbors")
+        if not self.stop_gradient:
+            raise ValueError("stop_gradient is False, and no gradient flows into this memory; leave it out")
         assert self.memory_layer is not None
         if not 0 <= self.memory_layer < self._layers:
             raise ValueError(f"memory_layer is {self.memory_layer}; give one from 0 to {self._layers - 1}")

@@ -51,6 +51,7 @@ class SegmentModelMixin(InfiniPreTrainedMixin, nn.Module):
         segment_weights: Tensor | None = None,
         checkpoint_segments: int | None = None,
         detach_every: int | None = None,
+        stop_gradient: bool = False,
         context_group: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -66,6 +67,7 @@ class SegmentModelMixin(InfiniPreTrainedMixin, nn.Module):
             checkpoint_segments: so many segments go through the whole model at once, and again in the
                 backward pass: only what they leave is kept between. Gradients are those of the whole.
             detach_every: no gradient flows past every so many segments.
+            stop_gradient: refused; Transformer-XL's config has it.
             context_group: refused.
             **kwargs: a cache (`cache_class`), and whatever else the family's forward takes.
 
@@ -75,7 +77,11 @@ class SegmentModelMixin(InfiniPreTrainedMixin, nn.Module):
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        refuse_of_memories(segment_weights=segment_weights, context_group=context_group)
+        refuse_of_memories(
+            segment_weights=segment_weights,
+            stop_gradient=stop_gradient or None,
+            context_group=context_group,
+        )
         cache = pop_cache(kwargs)
         self._refuse(inputs, attention_mask, position_ids, cache, kwargs)
         if checkpoint_segments is not None or detach_every is not None:

@@ -9,18 +9,21 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from infini_attention.data import facts
 from infini_attention.data.documents import Documents, open_documents
 from infini_attention.data.haystack import count_tokens, hidden, most_units, rotated, sentences
 from infini_attention.data.prompts import question_turn
 from infini_attention.data.summaries import Asked
+
+logger = logging.get_logger(__name__)
 
 ABOUT = (
     "What is this text about? Answer in one sentence.",
@@ -68,7 +71,7 @@ class Passages:
     """How passages are drawn, each by the seed and its number alone.
 
     Attributes:
-        each: how many a document gives.
+        each: how many a document gives, but for those in which not even a sentence has room.
         least_tokens: of a passage; lengths are drawn evenly on a logarithmic scale.
         most_tokens: of one that a model answers about, which has to fit its window.
         told: share, from 0 to 1, of those that hide what they are asked for.
@@ -166,7 +169,9 @@ def _answered(
         drawn = [
             _drawn(units, tokenizer, passages, number, place, document.name) for place in range(passages.each)
         ]
-        yield from answerer.complete(drawn, seed=passages.seed + number)
+        yield from answerer.complete([each for each in drawn if each.text], seed=passages.seed + number)
+    if answerer.lost:
+        logger.warning("%d answers had no words or no end, and are left out", answerer.lost)
 
 
 def _drawn(
@@ -177,18 +182,22 @@ def _drawn(
     place: int,
     name: str,
 ) -> Asked:
-    """A passage of a document's sentences with its questions; summaries only where answers are known."""
+    """A passage of a document's sentences with its questions; summaries only where answers are known.
+
+    The text is empty where not even a sentence has room.
+    """
     random = np.random.default_rng((passages.seed, document, place))
     is_told = bool(random.random() < passages.told)
     needles, asked = _needles(random, passages.questions) if is_told else ([], [])
     least, most = passages.least_tokens, passages.longest(is_told=is_told)
     length, start = int(least * (most / least) ** random.random()), float(random.random())
 
-    def pieces(count: int) -> Iterable[str]:
-        return hidden(needles, rotated(units, start, count), count)
+    def pieces(count: int) -> Iterable[str]:  # from anywhere that leaves so many
+        first = int(start * (max(0, len(units) - count) + 1))
+        return hidden(needles, rotated(units, first / len(units), count), count)
 
     length = max(length, count_tokens(pieces(0), tokenizer))  # what is hidden has to be there
-    count = min(len(units), max(1, most_units(pieces, length, tokenizer)))
+    count = min(len(units), most_units(pieces, length, tokenizer))
     text = "".join(pieces(count))
     if is_told:
         return Asked(name, text, [question for question, _ in asked], [answer for _, answer in asked])
@@ -219,25 +228,30 @@ def _questions(random: np.random.Generator, count: int) -> list[str]:
 
 def _longest_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(
-        len(_ids(tokenizer, question_turn(tokenizer, each, first=False))) for each in (*ABOUT, *GENERAL)
+        len(_ids(tokenizer, question_turn(tokenizer, each, first=True))) for each in (*ABOUT, *GENERAL)
     )
 
 
 def written(passages: Iterable[Asked], output: Path) -> Iterator[Asked]:
     """Yield what is there already on disk: a line of JSON each in `output`, as `open_summaries` reads it.
 
-    Raises ValueError, at the first, where the file exists or cannot be made.
+    Raises ValueError, before the first, where the file exists or cannot be made.
     """
+    with _opened(output) as file:
+        for each in passages:
+            row = {"text": each.text, "queries": list(each.queries), "summaries": list(each.summaries)}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            yield each
+
+
+def _opened(output: Path) -> TextIO:
     try:
-        with output.open("x", encoding="utf-8") as file:
-            for each in passages:
-                row = {"text": each.text, "queries": list(each.queries), "summaries": list(each.summaries)}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
-                yield each
-    except FileExistsError:
-        raise ValueError(f"{output} is there already; name a new file") from None
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return output.open("x", encoding="utf-8")
     except OSError as error:
+        if output.exists():
+            raise ValueError(f"{output} is there already; name a new file") from None
         raise ValueError(f"{output} cannot be written: {error.strerror}; name another place") from error
 
 
@@ -246,6 +260,9 @@ class _Answerer:
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> None:
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
+        ends = model.generation_config.eos_token_id  # a chat model's turn may end with another token
+        self._ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self.lost = 0  # answers that cannot be used
 
     def complete(self, drawn: Sequence[Asked], *, seed: int) -> Iterator[Asked]:
         """The same, with the model's answers where none are known; those left without any do not come."""
@@ -260,6 +277,7 @@ class _Answerer:
                 yield passage
                 continue
             both = [(query, answer) for query in passage.queries if (answer := next(said)) is not None]
+            self.lost += len(passage.queries) - len(both)
             if both:
                 queries, answers = zip(*both, strict=True)
                 yield Asked(passage.name, passage.text, list(queries), list(answers))
@@ -280,28 +298,27 @@ class _Answerer:
     @torch.inference_mode()
     def _batch(self, prompts: Sequence[list[int]]) -> list[str | None]:
         """What the model says after each prompt; prompts are filled up on the left."""
-        longest, end = max(map(len, prompts)), self._tokenizer.eos_token_id
-        ids = torch.stack(
-            [F.pad(torch.tensor(each), (longest - len(each), 0), value=end) for each in prompts]
-        )
+        longest, filling = max(map(len, prompts)), self._tokenizer.eos_token_id
+        rows = [F.pad(torch.tensor(each), (longest - len(each), 0), value=filling) for each in prompts]
         mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts])
         made = self._model.generate(
-            ids.to(self._model.device),
+            torch.stack(rows).to(self._model.device),
             attention_mask=mask.to(self._model.device),
             do_sample=True,
             temperature=self._sampling.temperature,
+            top_k=0,
             top_p=self._sampling.top_p,
             max_new_tokens=self._sampling.max_new_tokens,
-            eos_token_id=end,
-            pad_token_id=end,
+            eos_token_id=sorted(self._ends),
+            pad_token_id=filling,
         )
         return [self._said(row[longest:].tolist()) for row in made]
 
     def _said(self, ids: list[int]) -> str | None:
-        end = self._tokenizer.eos_token_id
-        if end not in ids:
+        last = next((place for place, token in enumerate(ids) if token in self._ends), None)
+        if last is None:
             return None
-        text = self._tokenizer.decode(ids[: ids.index(end)], skip_special_tokens=True)
+        text = self._tokenizer.decode(ids[:last], skip_special_tokens=True)
         assert isinstance(text, str)
         return text.strip() or None
 

@@ -35,7 +35,7 @@ class SegmentContext(NamedTuple):
         segment_weights: (rows, segments) how often each segment counts in memory; None for once.
         context_group: the process group whose ranks hold runs of segments of these rows, if there is one.
         tokens_before: (batch,) what rows have before this process's run; None without a group.
-        stop_gradient: whether gradients that come through the memory end at a layer's keys and values.
+        stop_gradient: whether gradients that come through the memory end at what keys and values are made of.
     """
 
     padding_mask: Tensor | None
@@ -133,9 +133,11 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
         if segment_context.context_rotations is not None:
             rotation = segment_context.context_rotations[self.rotation_type]
             settings["context_key"] = self._rotate_key(key, rotation)
-        if segment_context.stop_gradient and torch.is_grad_enabled():
+        stepping = isinstance(cache, InfiniStepCache)
+        if segment_context.stop_gradient and torch.is_grad_enabled() and not stepping:
             settings["local_value"] = value
-            _, key, value, _ = self.project(hidden_states.detach(), recent, segment_context)
+            seen_before = None if recent is None else recent.detach()
+            _, key, value, _ = self.project(hidden_states.detach(), seen_before, segment_context)
         tensors = query, key, value, self.memory_gate()
         if isinstance(cache, InfiniStepCache):
             output = infini_attention_step(

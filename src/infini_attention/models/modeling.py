@@ -121,6 +121,12 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
                     "context_group is set, and each of its processes takes its run of segments whole; leave "
                     "out checkpoint_segments and detach_every, or use model.gradient_checkpointing_enable()"
                 )
+            if stop_gradient and self.config.short_convolution:
+                raise ValueError(
+                    "stop_gradient is set and queries and keys look back over the ends of runs "
+                    f"(short_convolution {self.config.short_convolution}); leave out checkpoint_segments and "
+                    "detach_every"
+                )
             self.config.check_every_layer_has_memory()
             return in_runs(
                 self,

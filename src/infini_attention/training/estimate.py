@@ -78,6 +78,7 @@ def _activations(model: Any, args: InfiniTrainingArguments, rows: int, length: i
 def _kept(model: Any, rows: int, length: int, args: InfiniTrainingArguments, **settings: Any) -> int:
     ids = torch.zeros(rows, length, dtype=torch.int64, device="meta")
     with _counting(model) as sizes:
+        settings |= {"stop_gradient": True} if args.stop_gradient else {}
         model(input_ids=ids, labels=ids, use_cache=False, loss_chunk=args.loss_chunk, **settings)
     return sum(sizes.values())
 

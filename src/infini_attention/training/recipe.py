@@ -249,6 +249,11 @@ class Recipe:
             raise ValueError(f"model.sizes are set, and model.base {model.base!r} has its own; leave one out")
         if model.lora is not None and model.base is None:
             raise ValueError("model.lora is set, and fresh weights have no base to adapt; leave it out")
+        if model.lora is not None and model.lora.dropout and self.training.stop_gradient:
+            raise ValueError(
+                f"model.lora.dropout is {model.lora.dropout}, and training.stop_gradient makes keys and "
+                "values twice, of which it would drop different parts; leave one of them out"
+            )
         if not data.makes_tokens and data.tokenizer is None and model.base is None:
             raise ValueError("data.tokenizer is not set, and fresh weights have none; set it, say to bytes")
         if data.copy_task is not None and data.copy_task.keys != model.segment_length:
