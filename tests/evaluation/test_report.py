@@ -353,6 +353,20 @@ def test_a_study_of_associative_recall_is_drawn_by_length_and_pairs() -> None:
     assert texts(drawing) == [["a", "90"]]
 
 
+def test_a_study_of_whole_documents_is_drawn_by_arm_and_question() -> None:
+    def answer(value: float) -> dict[str, Any]:
+        return {"question": "books", "shown": {"value": value, "low": 4.0, "high": 7.5}, "beside": {}}
+
+    arms = [{"name": name, "factors": {"arm": name}} for name in ("a", "b", "c")]
+    results = [{"arm": "a", "answers": [answer(value)]} for value in (5.0, 6.0)]
+    results += [{"arm": "b", "answers": [answer(5.25)]}, {"arm": "c", "answers": []}]
+    study = {"seeds": [0, 1], "ask": {"books": {"perplexity_of": {"source": "pg19"}}}}
+    (drawing,) = drawings("", [{"study": study, "arms": arms, "results": results}])
+    assert drawing.columns == ["arm", "books"]
+    assert texts(drawing) == [["a", "5.50 [5.00, 6.00]"], ["b", "5.25 (4.00 to 7.50)"], ["c", "-"]]
+    assert "Means of seeds" in drawing.remark
+
+
 @pytest.fixture
 def read() -> PerplexityReport:
     """Two documents, of which one has a second stretch."""

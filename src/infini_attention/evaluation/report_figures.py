@@ -128,6 +128,10 @@ def _by_length(runs: Iterable[tuple[str, list[dict[str, Any]]]]) -> Drawing:
 
 
 def _study(found: dict[str, Any]) -> Iterator[Drawing]:
+    of_documents = [each for _, each in _answers(found) if "shown" in each]
+    if of_documents:
+        yield _documents_table(found)
+        return
     yield _study_table(found, "By arm, %", _right)
     with_depths = any("by_depth" in answer for _, answer in _answers(found))
     if found["study"].get("published") and with_depths:
@@ -152,6 +156,34 @@ def _study_table(found: dict[str, Any], title: str, shown: Callable[[list[dict[s
     seeds = len(found["study"]["seeds"])
     remark = f"Means of {seeds} seeds, in brackets the lowest and the highest." if seeds > 1 else "One seed."
     return Drawing(title, [*(name.replace("_", " ") for name in factors), *headings], rows, remark)
+
+
+def _documents_table(found: dict[str, Any]) -> Drawing:
+    """What reading whole documents came to, such as perplexity, by arm and question."""
+    asked, answers = list(found["study"]["ask"]), [*_answers(found)]
+
+    def of(arm: str, question: str) -> list[dict[str, float]]:
+        return [each["shown"] for name, each in answers if (name, each["question"]) == (arm, question)]
+
+    rows = [
+        [Cell(value) for value in arm["factors"].values()]
+        + [_of_documents(of(arm["name"], question)) for question in asked]
+        for arm in found["arms"]
+    ]
+    several = any(len(of(arm["name"], question)) > 1 for arm in found["arms"] for question in asked)
+    seeds = "Means of seeds, in brackets the lowest and the highest. " if several else ""
+    factors = (name.replace("_", " ") for name in found["arms"][0]["factors"])
+    remark = f"{seeds}In parentheses, of one seed: 95 % intervals over documents."
+    return Drawing("By arm, of whole documents", [*factors, *asked], rows, remark)
+
+
+def _of_documents(shown: list[dict[str, float]]) -> Cell:
+    if not shown:
+        return Cell(NOTHING)
+    values = [each["value"] for each in shown]
+    if len(values) > 1:
+        return Cell(f"{statistics.fmean(values):.2f} [{min(values):.2f}, {max(values):.2f}]")
+    return Cell(f"{values[0]:.2f} ({shown[0]['low']:.2f} to {shown[0]['high']:.2f})")
 
 
 def _answers(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
