@@ -364,7 +364,12 @@ def test_a_study_of_whole_documents_is_drawn_by_arm_and_question() -> None:
     (drawing,) = drawings("", [{"study": study, "arms": arms, "results": results}])
     assert drawing.columns == ["arm", "books"]
     assert texts(drawing) == [["a", "5.50 [5.00, 6.00]"], ["b", "5.25 (4.00 to 7.50)"], ["c", "-"]]
-    assert "Means of seeds" in drawing.remark
+    assert "Means of 2 seeds" in drawing.remark and "intervals over documents" in drawing.remark
+    key = {"question": "paper", "length": 512, "score": {"exact_match": share(0.5)}}
+    results[0]["answers"].append(key)
+    both = drawings("", [{"study": study, "arms": arms, "results": results}])
+    assert [each.columns for each in both] == [["arm", "books"], ["arm", "paper, 512"]]
+    assert both[1].remark == "One seed."
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from infini_attention.data import facts
 from infini_attention.data.documents import Documents, open_documents
 from infini_attention.data.haystack import count_tokens, hidden, most_units, rotated, sentences
 from infini_attention.data.prompts import question_turn
-from infini_attention.data.summaries import Asked
+from infini_attention.data.summaries import Asked, text_ids
 
 logger = logging.get_logger(__name__)
 
@@ -228,7 +228,7 @@ def _questions(random: np.random.Generator, count: int) -> list[str]:
 
 def _longest_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(
-        len(_ids(tokenizer, question_turn(tokenizer, each, first=True))) for each in (*ABOUT, *GENERAL)
+        len(text_ids(tokenizer, question_turn(tokenizer, each, first=True))) for each in (*ABOUT, *GENERAL)
     )
 
 
@@ -291,9 +291,9 @@ class _Answerer:
     def _prompt(self, passage: Asked, query: str) -> list[int]:
         """The question as a turn of its own, and before it the passage where it is about that."""
         if query in GENERAL:
-            return _ids(self._tokenizer, question_turn(self._tokenizer, query, first=True))
+            return text_ids(self._tokenizer, question_turn(self._tokenizer, query, first=True))
         turn = question_turn(self._tokenizer, f"{passage.text}\n\n{query}", first=True)
-        return _ids(self._tokenizer, turn)
+        return text_ids(self._tokenizer, turn)
 
     @torch.inference_mode()
     def _batch(self, prompts: Sequence[list[int]]) -> list[str | None]:
@@ -321,8 +321,3 @@ class _Answerer:
         text = self._tokenizer.decode(ids[:last], skip_special_tokens=True)
         assert isinstance(text, str)
         return text.strip() or None
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids

@@ -75,7 +75,7 @@ def question_text(tokenizer: PreTrainedTokenizerBase, query: str, *, chat: bool)
 
 def question_ids(tokenizer: PreTrainedTokenizerBase, query: str, *, chat: bool = False) -> list[int]:
     """The tokens of it."""
-    return _ids(tokenizer, question_text(tokenizer, query, chat=chat))
+    return text_ids(tokenizer, question_text(tokenizer, query, chat=chat))
 
 
 def with_end(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -131,7 +131,7 @@ class SummariesTask(Dataset[dict[str, Tensor]]):
         for each in asked:
             for query, summary in zip(each.queries, each.summaries, strict=True):
                 question = question_ids(tokenizer, query, chat=chat)
-                answer = [*_ids(tokenizer, summary.strip()), tokenizer.eos_token_id]
+                answer = [*text_ids(tokenizer, summary.strip()), tokenizer.eos_token_id]
                 self._examples.append((documents, question, answer))
             documents += 1
         if documents != len(store):
@@ -208,7 +208,8 @@ def _texts(row: Row, column: str, name: str) -> list[str]:
     return values
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text, no special ones added; nothing is said of long ones."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 

@@ -6,6 +6,7 @@ Files are old and new, so this reads plain JSON: what a kind need not have may b
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -128,20 +129,29 @@ def _by_length(runs: Iterable[tuple[str, list[dict[str, Any]]]]) -> Drawing:
 
 
 def _study(found: dict[str, Any]) -> Iterator[Drawing]:
-    of_documents = [each for _, each in _answers(found) if "shown" in each]
-    if of_documents:
-        yield _documents_table(found)
-        return
-    yield _study_table(found, "By arm, %", _right)
-    with_depths = any("by_depth" in answer for _, answer in _answers(found))
+    scored = [(arm, answer) for arm, answer in _answers(found) if "score" in answer]
+    read = [(arm, answer) for arm, answer in _answers(found) if "shown" in answer]
+    if read:
+        yield _study_table(found, read, "By arm, of whole documents", _of_documents)
+    if scored or not read:
+        yield from _scored(found, scored)
+
+
+def _scored(found: dict[str, Any], answers: list[tuple[str, dict[str, Any]]]) -> Iterator[Drawing]:
+    yield _study_table(found, answers, "By arm, %", _right)
+    with_depths = any("by_depth" in answer for _, answer in answers)
     if found["study"].get("published") and with_depths:
-        drawing = _study_table(found, "Token accuracy at start, middle and end, %", _depths)
+        drawing = _study_table(found, answers, "Token accuracy at start, middle and end, %", _depths)
         remark = "The last rows are published: the paper's table 3, arXiv 2404.07143."
         yield replace(drawing, rows=[*drawing.rows, *_published(found, drawing)], remark=remark)
 
 
-def _study_table(found: dict[str, Any], title: str, shown: Callable[[list[dict[str, Any]]], Cell]) -> Drawing:
-    answers = [*_answers(found)]
+def _study_table(
+    found: dict[str, Any],
+    answers: list[tuple[str, dict[str, Any]]],
+    title: str,
+    shown: Callable[[list[dict[str, Any]]], Cell],
+) -> Drawing:
     places = list(dict.fromkeys(_place(answer) for _, answer in answers))
     factors = list(found["arms"][0]["factors"])
     rows = [
@@ -152,32 +162,20 @@ def _study_table(found: dict[str, Any], title: str, shown: Callable[[list[dict[s
         ]
         for arm in found["arms"]
     ]
-    headings = [f"{question}, {' / '.join(f'{each:,}' for each in cell)}" for question, cell in places]
-    seeds = len(found["study"]["seeds"])
+    headings = [
+        ", ".join([question, *([" / ".join(f"{each:,}" for each in cell)] if cell else [])])
+        for question, cell in places
+    ]
+    seeds = max(Counter((arm, _place(answer)) for arm, answer in answers).values(), default=1)
     remark = f"Means of {seeds} seeds, in brackets the lowest and the highest." if seeds > 1 else "One seed."
+    if any("shown" in answer for _, answer in answers):
+        remark += " In parentheses, of one seed: 95 % intervals over documents."
     return Drawing(title, [*(name.replace("_", " ") for name in factors), *headings], rows, remark)
 
 
-def _documents_table(found: dict[str, Any]) -> Drawing:
-    """What reading whole documents came to, such as perplexity, by arm and question."""
-    asked, answers = list(found["study"]["ask"]), [*_answers(found)]
-
-    def of(arm: str, question: str) -> list[dict[str, float]]:
-        return [each["shown"] for name, each in answers if (name, each["question"]) == (arm, question)]
-
-    rows = [
-        [Cell(value) for value in arm["factors"].values()]
-        + [_of_documents(of(arm["name"], question)) for question in asked]
-        for arm in found["arms"]
-    ]
-    several = any(len(of(arm["name"], question)) > 1 for arm in found["arms"] for question in asked)
-    seeds = "Means of seeds, in brackets the lowest and the highest. " if several else ""
-    factors = (name.replace("_", " ") for name in found["arms"][0]["factors"])
-    remark = f"{seeds}In parentheses, of one seed: 95 % intervals over documents."
-    return Drawing("By arm, of whole documents", [*factors, *asked], rows, remark)
-
-
-def _of_documents(shown: list[dict[str, float]]) -> Cell:
+def _of_documents(answers: list[dict[str, Any]]) -> Cell:
+    """The mean of seeds with the lowest and the highest; of one seed, its interval over documents."""
+    shown = [answer["shown"] for answer in answers]
     if not shown:
         return Cell(NOTHING)
     values = [each["value"] for each in shown]
@@ -194,7 +192,9 @@ def _answers(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _place(answer: dict[str, Any]) -> tuple[str, tuple[int, ...]]:
-    """What was asked, and where: a length, or of associative recall a length and how many pairs."""
+    """What was asked, and where: a length, of associative recall a length and how many pairs, or nothing."""
+    if "shown" in answer:
+        return answer["question"], ()
     score = answer["score"]
     cell = (answer["length"],) if "length" in answer else (score["length"], score["pairs"])
     return answer["question"], cell
