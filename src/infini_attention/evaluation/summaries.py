@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -29,6 +28,8 @@ from infini_attention.evaluation.result_files import check_same_setting, fingerp
 from infini_attention.models import InfiniCache
 from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.provenance import Provenance, provenance
+from infini_attention.streaming.decoder import Decoder
+from infini_attention.streaming.rows import Rows
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 OVERALL = ROUGE[:3]  # whose geometric mean is taken
@@ -385,6 +386,7 @@ class _Writer:
         self._model, self._tokenizer, self._decoding, self._chat = model, tokenizer, decoding, chat
         self._chunk_tokens = chunk_length(model, 1) if chunk_tokens is None else chunk_tokens
         self._progress = progress
+        self._decoder: Decoder | None = None
 
     def tokens(self, text: str) -> Tensor:
         """Those of a document, (tokens,) int64, as a training has them."""
@@ -397,7 +399,6 @@ class _Writer:
         cache = InfiniCache(self._model.config)
         for chunk in ids.split(self._chunk_tokens):
             self._call(chunk[None], cache)
-        cache.batch_repeat_interleave(len(queries))
         questions = [question_ids(self._tokenizer, query, chat=self._chat) for query in queries]
         choose = _chooser(self._decoding, number, len(queries))
         said = self._generated(cache, questions, choose)
@@ -406,32 +407,38 @@ class _Writer:
     def _generated(
         self, cache: InfiniCache, questions: list[list[int]], choose: Callable[[Tensor], Tensor]
     ) -> list[list[int]]:
-        """The tokens after each question, a row of the cache each, up to the end-of-text token."""
-        longest = max(map(len, questions))
-        ids = torch.tensor([[0] * (longest - len(each)) + each for each in questions])
-        real = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in questions])
-        mask = F.pad(real, (cache.get_seq_length(), 0), value=1)
+        """The tokens after each question, which all go on from `cache`, up to the end-of-text token."""
+        caches = [cache.copy() for _ in questions]
+        pairs = zip(questions, caches, strict=True)
+        logits = self._model.logits_of(
+            torch.cat([self._call(torch.tensor([ids]), own) for ids, own in pairs])
+        )
+        rows = Rows(self._model, caches, self._decoder_of(len(questions)))
         said: list[list[int]] = [[] for _ in questions]
-        going_on = set(range(len(questions)))
-        for _ in range(self._decoding.max_new_tokens):
-            ids = choose(self._model.logits_of(self._call(ids, cache, mask)))[:, None]
-            for row, token in enumerate(ids[:, 0].tolist()):
-                if token == self._tokenizer.eos_token_id:
-                    going_on.discard(row)
-                elif row in going_on:
-                    said[row].append(token)
-            if not going_on:
+        fed = dict.fromkeys(range(len(questions)), 0)
+        for number in range(self._decoding.max_new_tokens):
+            if number:
+                logits = rows.step(fed)
+                self._progress.advance(len(fed), cache)
+            chosen = choose(logits).tolist()
+            fed = {row: chosen[row] for row in fed if chosen[row] != self._tokenizer.eos_token_id}
+            for row, token in fed.items():
+                said[row].append(token)
+            if not fed:
                 break
-            mask = F.pad(mask, (0, 1), value=1)
         return said
 
-    def _call(self, ids: Tensor, cache: InfiniCache, mask: Tensor | None = None) -> Tensor:
+    def _decoder_of(self, rows: int) -> Decoder | None:
+        """One of so many rows, the last one if it has them; None where layers have no memory."""
+        if self._model.config.layers_without_memory:
+            return None
+        if self._decoder is None or self._decoder.rows != rows:
+            self._decoder = Decoder(self._model, rows)
+        return self._decoder
+
+    def _call(self, ids: Tensor, cache: InfiniCache) -> Tensor:
         """Read on; the last hidden state of each row, (rows, hidden_size)."""
-        device = self._model.device
-        mask = None if mask is None else mask.to(device)
-        output = self._model.base_model(
-            ids.to(device), attention_mask=mask, use_cache=True, **{CACHE_ARGUMENT: cache}
-        )
+        output = self._model.base_model(ids.to(self._model.device), use_cache=True, **{CACHE_ARGUMENT: cache})
         self._progress.advance(ids.numel(), cache)
         hidden: Tensor = output.last_hidden_state[:, -1]
         return hidden

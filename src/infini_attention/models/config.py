@@ -81,10 +81,14 @@ class InfiniConfigMixin:
             )
         self._check_layers()
 
+    @property
+    def layers_without_memory(self) -> list[int]:
+        """Layers that keep keys and values of their own."""
+        return sorted(set(range(self._layers)) - set(self.infini_layers or []))
+
     def check_every_layer_has_memory(self) -> None:
         """Raise ValueError where a layer keeps keys and values of its own, so that a state would grow."""
-        lacking = sorted(set(range(self._layers)) - set(self.infini_layers or []))
-        if lacking:
+        if lacking := self.layers_without_memory:
             raise ValueError(
                 f"layers {lacking} have no memory and keep keys and values of their own, which grow; "
                 "retrofit all layers (layers=None, and a segment_length of at most their sliding window)"

@@ -178,7 +178,7 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
                 cu_seqlens=cu_seqlens,
                 device=like.device,
             )
-        if self._ordinary_layers:
+        if self.config.layers_without_memory:
             if position_ids is None:
                 position_ids = _absolute_positions(attention_mask, cu_seqlens, length)
             masks = self._ordinary_masks(
@@ -209,10 +209,6 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
             **{CACHE_ARGUMENT: cache},
             **kwargs,
         )
-
-    @property
-    def _ordinary_layers(self) -> list[int]:
-        return [layer for layer in range(len(self.layers)) if layer not in self.config.infini_layers]
 
     @property
     def _checkpoints_activations(self) -> bool:
@@ -263,7 +259,7 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
         layer_types = getattr(self.config, "layer_types", None)
         if layer_types is None:
             return attention_mask
-        needed = {layer_types[layer] for layer in self._ordinary_layers}
+        needed = {layer_types[layer] for layer in self.config.layers_without_memory}
         arguments = {
             "config": self.config,
             "inputs_embeds": inputs,
