@@ -31,7 +31,12 @@ def gradients(
     return {"embeddings": embeddings.grad, "logits": logits.detach()} | names
 
 
-@pytest.mark.parametrize("settings", [{}, {"update_rule": "delta"}, {"short_convolution": 3}], ids=str)
+OUTSIDE = [{"local_attention": "sliding"}, {"local_attention": "sink", "sink_tokens": 2}]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"update_rule": "delta"}, {"short_convolution": 3}, *OUTSIDE], ids=str
+)
 def test_in_one_layer_the_weights_learn_the_same(settings: dict[str, object]) -> None:
     """What lies below its attention is a norm and the embeddings alone."""
     model = make(1, **settings)
@@ -48,17 +53,19 @@ def test_in_one_layer_the_weights_learn_the_same(settings: dict[str, object]) ->
         torch.testing.assert_close(stopped[name], wanted, msg=name)
 
 
-def test_no_gradient_comes_through_the_memory_to_earlier_segments() -> None:
-    model = make(3)
+@pytest.mark.parametrize("settings", [{}, *OUTSIDE], ids=str)
+def test_no_gradient_comes_from_later_segments(settings: dict[str, object]) -> None:
+    model = make(3, **settings)
     reached = gradients(model, last_only=True)["embeddings"].abs().amax(dim=(0, 2)) > 0
     assert reached.all()
     reached = gradients(model, last_only=True, stop_gradient=True)["embeddings"].abs().amax(dim=(0, 2)) > 0
     assert not reached[:-SEGMENT].any() and reached[-SEGMENT:].all()
 
 
+@pytest.mark.parametrize("settings", [{}, *OUTSIDE], ids=str)
 @pytest.mark.parametrize("runs", [{"checkpoint_segments": 1}, {"checkpoint_segments": 3}], ids=str)
-def test_runs_change_nothing_of_it(runs: dict[str, int]) -> None:
-    model = make(2).train()
+def test_runs_change_nothing_of_it(runs: dict[str, int], settings: dict[str, object]) -> None:
+    model = make(2, **settings).train()
     wanted, ours = gradients(model, stop_gradient=True), gradients(model, stop_gradient=True, **runs)
     for name, gradient in wanted.items():
         torch.testing.assert_close(ours[name], gradient, msg=name)

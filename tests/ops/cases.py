@@ -38,6 +38,7 @@ class Row:
     weights: Tensor | None = None
     context_key: Tensor | None = None
     local_value: Tensor | None = None
+    context_value: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -45,7 +46,8 @@ class Row:
 
     def tokens(self) -> dict[str, Tensor]:
         """What there is of every token, by name."""
-        tensors = {name: getattr(self, name) for name in (*TOKEN_FIELDS, "context_key", "local_value")}
+        others = ("context_key", "local_value", "context_value")
+        tensors = {name: getattr(self, name) for name in (*TOKEN_FIELDS, *others)}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def cut(self, first: int, last: int) -> "Row":
@@ -121,11 +123,14 @@ def make_case(
     value_dim: int = 3,
     rotated: bool = True,
     own_values: bool = False,
+    own_contexts: bool = False,
     weighted: bool = False,
     **settings: Any,
 ) -> Case:
     """A case of rows of these `lengths` in fp64; with `own_values` local attention has values of its own.
 
+    With `own_contexts` later segments see others, where they see any: numbers that no training has, so that
+    an open segment hands on what came with its last call alone.
     `settings` go to `infini_attention` as they are.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -143,7 +148,9 @@ def make_case(
         value, outside = randn(kv_heads, length, value_dim), settings.get("local_attention", "segment")
         context_key = randn(*key.shape) if rotated and outside != "segment" else None
         local_value = randn(*value.shape) if own_values else None
-        rows.append(Row(query, key, value, local_query, local_key, weights, context_key, local_value))
+        context_value = randn(*value.shape) if own_contexts and outside != "segment" else None
+        others = context_key, local_value, context_value
+        rows.append(Row(query, key, value, local_query, local_key, weights, *others))
     return Case(rows, randn(kv_heads * group), settings)
 
 

@@ -49,6 +49,7 @@ def oracle(
     local_query: np.ndarray,
     local_key: np.ndarray,
     local_value: np.ndarray,
+    context_value: np.ndarray,
     gate: np.ndarray,
     context_key: np.ndarray,
     weights: np.ndarray,
@@ -92,7 +93,7 @@ def oracle(
         for h in range(heads):
             g = h * kv_heads // heads  # the key/value head of this query head
             keys = [context_key[g, u] for u in outside] + [local_key[g, u] for u in range(first, t + 1)]
-            values = [local_value[g, u] for u in (*outside, *range(first, t + 1))]
+            values = [context_value[g, u] for u in outside] + [local_value[g, u] for u in range(first, t + 1)]
             scores = [scale * (local_query[h, t] @ k) for k in keys]
             if softcap is not None:
                 scores = [softcap * math.tanh(score / softcap) for score in scores]
@@ -126,7 +127,7 @@ def oracle(
         seen = slice(start, start + context) if still_open else slice(0)
         places = ((0, 0), (0, 0 if still_open else context), (0, 0))
         state["context_key"] = np.pad(context_key[:, seen], places)
-        state["context_value"] = np.pad(local_value[:, seen], places)
+        state["context_value"] = np.pad(context_value[:, seen], places)
         state["open_context_key"] = context_key[:, still_open:][:, :context]
     if local_attention == "sliding":
         state |= {"earlier_memory": earlier_M, "earlier_normalizer": earlier_z}

@@ -58,13 +58,13 @@ def state_of(fields: dict[str, Tensor], open_lengths: list[int], *, segment_leng
     return MemoryState(**masked, length=used + segment_length, segment_length=segment_length)
 
 
-@given(st.data(), cases())
+@given(st.data(), cases() | cases(own_contexts=True))
 def test_parallel_equals_reference(data: st.DataObject, case: Case) -> None:
     pieces, piece_layouts = data.draw(splits(case, max_pieces=2)), data.draw(layouts)
     _compare(case, None, pieces=pieces, layouts=piece_layouts)
 
 
-@given(st.data(), cases())
+@given(st.data(), cases() | cases(own_contexts=True))
 def test_parallel_equals_reference_from_any_state(data: st.DataObject, case: Case) -> None:
     """Rows differ in how many tokens they have open; gradients flow into every field of the state."""
     open_length = st.integers(0, case.segment_length - 1)

@@ -1,5 +1,7 @@
 """The reference backend against the equations, a token at a time."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -14,9 +16,19 @@ from .oracle import oracle
 @given(st.data(), cases())
 def test_the_reference_is_the_papers_equations(data: st.DataObject, case: Case) -> None:
     layouts = data.draw(st.lists(st.sampled_from(LAYOUTS), min_size=1, max_size=3))
-    outputs, state = run(case, backend="reference", pieces=data.draw(splits(case)), layouts=layouts)
+    _compare(case, pieces=data.draw(splits(case)), layouts=layouts)
+
+
+@given(st.sampled_from(LAYOUTS), cases(own_contexts=True))
+def test_later_segments_see_values_of_their_own(layout: str, case: Case) -> None:
+    _compare(case, layouts=[layout])
+
+
+def _compare(case: Case, **how: Any) -> None:
+    outputs, state = run(case, backend="reference", **how)
     for index, row in enumerate(case.rows):
         segments = -(-row.length // case.segment_length)
+        local_value = row.value if row.local_value is None else row.local_value
         expected, expected_state = oracle(
             query=row.query.numpy(),
             key=row.key.numpy(),
@@ -24,7 +36,8 @@ def test_the_reference_is_the_papers_equations(data: st.DataObject, case: Case) 
             local_query=row.local_query.numpy(),
             local_key=row.local_key.numpy(),
             context_key=(row.local_key if row.context_key is None else row.context_key).numpy(),
-            local_value=(row.value if row.local_value is None else row.local_value).numpy(),
+            local_value=local_value.numpy(),
+            context_value=(local_value if row.context_value is None else row.context_value).numpy(),
             gate=case.gate.numpy(),
             weights=np.ones(segments) if row.weights is None else row.weights.numpy(),
             **case.settings,

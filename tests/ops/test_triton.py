@@ -122,7 +122,8 @@ def test_what_is_seen_outside_a_segment_equals_the_reference(update_rule: str, l
 def test_local_values_of_their_own_equal_the_reference(update_rule: str) -> None:
     settings = {"head_dim": 16, "value_dim": 16, "segment_length": 8, "own_values": True}
     check([40, 8, 21], update_rule=update_rule, feature_map="exp", **settings)
-    check([24], update_rule=update_rule, feature_map="exp", local_attention="sliding", **settings)
+    settings |= {"local_attention": "sliding", "own_contexts": True}
+    check([24, 21], update_rule=update_rule, feature_map="exp", **settings)
 
 
 @pytest.mark.parametrize("update_rule", ["linear", "delta"])

@@ -97,6 +97,14 @@ WRONG = {
         good(context_key=torch.randn(2, 2, 10, 8)),
         "context_key is given, and with local_attention 'segment'.*leave it out",
     ),
+    "context value of segments alone": (
+        good(context_value=torch.randn(2, 2, 10, 6)),
+        "context_value is given, and with local_attention 'segment'.*leave it out",
+    ),
+    "context value": (
+        good(context_value=torch.randn(2, 2, 9, 6), local_attention="sliding"),
+        r"context_value is \(2, 2, 9, 6\).*it must be like value",
+    ),
     "context key": (
         good(context_key=torch.randn(2, 2, 9, 8), local_attention="sliding"),
         r"context_key is \(2, 2, 9, 8\).*it must be like key",

@@ -35,7 +35,8 @@ class SegmentContext(NamedTuple):
         segment_weights: (rows, segments) how often each segment counts in memory; None for once.
         context_group: the process group whose ranks hold runs of segments of these rows, if there is one.
         tokens_before: (batch,) what rows have before this process's run; None without a group.
-        stop_gradient: whether gradients that come through the memory end at what keys and values are made of.
+        stop_gradient: whether gradients that come from later segments end at what keys and values are made
+            of.
     """
 
     padding_mask: Tensor | None
@@ -130,14 +131,17 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
             "scale": self.scaling,
             "softcap": self.softcap,
         }
-        if segment_context.context_rotations is not None:
-            rotation = segment_context.context_rotations[self.rotation_type]
-            settings["context_key"] = self._rotate_key(key, rotation)
         stepping = isinstance(cache, InfiniStepCache)
-        if segment_context.stop_gradient and torch.is_grad_enabled() and not stepping:
+        stopped = segment_context.stop_gradient and torch.is_grad_enabled() and not stepping
+        if stopped:
             settings["local_value"] = value
             seen_before = None if recent is None else recent.detach()
             _, key, value, _ = self.project(hidden_states.detach(), seen_before, segment_context)
+        if segment_context.context_rotations is not None:
+            rotation = segment_context.context_rotations[self.rotation_type]
+            settings["context_key"] = self._rotate_key(key, rotation)
+            if stopped:
+                settings["context_value"] = value
         tensors = query, key, value, self.memory_gate()
         if isinstance(cache, InfiniStepCache):
             output = infini_attention_step(

@@ -99,8 +99,9 @@ class InfiniModelMixin(InfiniPreTrainedMixin, nn.Module):
             checkpoint_segments: so many segments go through the whole model at once, and again in the
                 backward pass: only their states are kept between. Gradients are those of the whole.
             detach_every: gradients do not flow through the memory past every so many segments.
-            stop_gradient: what memory is to hold teaches each layer's key and value projections, and not the
-                layers below, as in Transformer-XL (arXiv 1901.02860, SG). Outputs are the same.
+            stop_gradient: what memory is to hold, and what later segments see, teaches each layer's key and
+                value projections, and not the layers below, as in Transformer-XL (arXiv 1901.02860, SG).
+                Outputs are the same.
             context_group: a torch.distributed process group whose ranks hold runs of whole segments of the
                 same sequences, in order; see `infini_attention.ops.context_parallel`.
             **kwargs: a cache (InfiniCache), `cu_seq_lens_q` (documents + 1,) for documents packed into a

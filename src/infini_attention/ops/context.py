@@ -28,7 +28,7 @@ def attend_in_segments(
     if inputs.context_key is not None:
         assert state.context_key is not None and state.context_value is not None
         keys, next_key = _contexts(state.context_key, inputs.context_key, block, state)
-        values, next_value = _contexts(state.context_value, inputs.seen_value, block, state)
+        values, next_value = _contexts(state.context_value, inputs.handed_on_value, block, state)
         state = replace(state, context_key=next_key, context_value=next_value)
         if not all(block.first):
             key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)

@@ -38,6 +38,7 @@ def infini_attention(
     local_key: Tensor | None = None,
     local_value: Tensor | None = None,
     context_key: Tensor | None = None,
+    context_value: Tensor | None = None,
     update_rule: str = "linear",
     feature_map: str = "elu1",
     normalization: str = "sum",
@@ -73,6 +74,8 @@ def infini_attention(
             position embedding of a place that is segment_length ("sliding") or sink_tokens ("sink") before
             that of `local_key`, so that token j of a segment is N + j - i, or sink_tokens + j - i, from
             token i outside it. Default `local_key`.
+        context_value: `local_value` as later segments see it, with other gradients and the same numbers: of
+            tokens in a segment that is still open after a call, the state keeps `local_value` alone.
         update_rule: "linear", equation (8), or "delta", equation (9).
         feature_map: sigma, a name of `ops.feature_maps`.
         normalization: of what memory answers to a query q: "sum", sigma(q) M / (sigma(q) z), equation (7);
@@ -115,13 +118,14 @@ def infini_attention(
     check_choice("empty_memory", empty_memory, EMPTY_MEMORY)
     _check_numbers(segment_length, scale, softcap)
     context = context_tokens(local_attention, segment_length=segment_length, sink_tokens=sink_tokens)
-    if context_key is not None and not context:
-        raise ValueError(
-            "context_key is given, and with local_attention 'segment' nothing outside a segment is seen; "
-            "leave it out, or choose local_attention='sliding' or 'sink'"
-        )
+    for name, given in (("context_key", context_key), ("context_value", context_value)):
+        if given is not None and not context:
+            raise ValueError(
+                f"{name} is given, and with local_attention 'segment' nothing outside a segment is seen; "
+                "leave it out, or choose local_attention='sliding' or 'sink'"
+            )
     context_key = local_key if context and context_key is None else context_key
-    _check_shapes(query, key, value, gate, local_query, local_key, local_value, context_key)
+    _check_shapes(query, key, value, gate, local_query, local_key, local_value, context_key, context_value)
     _check_masks(query, padding_mask, cu_seqlens)
     rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     lengths = [0] * rows
@@ -147,7 +151,7 @@ def infini_attention(
             "local_query": local_query,
             "local_key": local_key,
         }
-        others = {"local_value": local_value, "context_key": context_key}
+        others = {"local_value": local_value, "context_key": context_key, "context_value": context_value}
         tokens |= {name: x for name, x in others.items() if x is not None}
         _check_finite({name: _without_padding(x, padding_mask) for name, x in tokens.items()})
         fields = {name: x for name, x in state.tensors().items() if name != "length"}
@@ -174,7 +178,16 @@ def infini_attention(
         softcap=softcap,
     )
     inputs = Inputs(
-        query, key, value, local_query, local_key, local_value, context_key, gate, segment_weights
+        query,
+        key,
+        value,
+        local_query,
+        local_key,
+        local_value,
+        context_key,
+        context_value,
+        gate,
+        segment_weights,
     )
     width = max(query.shape[-1], *state.memory.shape[-2:])
     with torch.autocast(autocast_type(query.device), enabled=False):
@@ -254,6 +267,7 @@ def _check_shapes(
     local_key: Tensor,
     local_value: Tensor | None,
     context_key: Tensor | None,
+    context_value: Tensor | None,
 ) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
@@ -284,6 +298,7 @@ def _check_shapes(
     encoded = [("local_query", local_query, query), ("local_key", local_key, key)]
     encoded += [] if local_value is None else [("local_value", local_value, value)]
     encoded += [] if context_key is None else [("context_key", context_key, key)]
+    encoded += [] if context_value is None else [("context_value", context_value, value)]
     for name, local, plain in encoded:
         if local.shape != plain.shape or local.dtype != plain.dtype or local.device != plain.device:
             raise ValueError(

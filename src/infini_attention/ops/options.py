@@ -36,7 +36,7 @@ class Inputs:
 
     `segment_weights` is (rows, segments) in the state's dtype, or None, or int64 where they are copies under
     the delta rule; `context_key` is None where no token sees anything outside its own segment, `local_value`
-    where it is `value`.
+    where it is `value`, `context_value` where it is as that.
     """
 
     query: Tensor
@@ -46,6 +46,7 @@ class Inputs:
     local_key: Tensor
     local_value: Tensor | None
     context_key: Tensor | None
+    context_value: Tensor | None
     gate: Tensor
     segment_weights: Tensor | None
 
@@ -53,6 +54,11 @@ class Inputs:
     def seen_value(self) -> Tensor:
         """The values that local attention sees."""
         return self.value if self.local_value is None else self.local_value
+
+    @property
+    def handed_on_value(self) -> Tensor:
+        """The values that it sees in later segments."""
+        return self.seen_value if self.context_value is None else self.context_value
 
     @property
     def copies(self) -> Tensor | None:
@@ -69,6 +75,7 @@ class Inputs:
             local_key=function(self.local_key),
             local_value=None if self.local_value is None else function(self.local_value),
             context_key=None if self.context_key is None else function(self.context_key),
+            context_value=None if self.context_value is None else function(self.context_value),
             gate=self.gate,
             segment_weights=segment_weights,
         )
@@ -76,7 +83,8 @@ class Inputs:
     def needs_gradient(self, state: "MemoryState") -> bool:
         """Whether autograd will ask for anything of this call."""
         tensors = [self.query, self.key, self.value, self.local_query, self.local_key, self.gate]
-        tensors += [each for each in (self.context_key, self.local_value) if each is not None]
+        others = self.context_key, self.context_value, self.local_value
+        tensors += [each for each in others if each is not None]
         tensors += state.tensors().values()
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 

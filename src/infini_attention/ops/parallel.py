@@ -148,7 +148,12 @@ def _open_segment(
         assert state.open_context_key is not None
         new = inputs.context_key[:, :, : max(0, state.context_tokens - min(part.used))]
         pending = replace(pending, open_context_key=continued(state.open_context_key, new))
-    return output, _alike_closed(pending, part) if part.alike else _closed(pending, part, state)
+    handed_on = local_values
+    if inputs.context_value is not None:
+        handed_on = continued(state.local_value, inputs.context_value)
+    if part.alike:
+        return output, _alike_closed(pending, part, handed_on)
+    return output, _closed(pending, part, state, handed_on)
 
 
 def _attend_in_open_segment(
@@ -166,15 +171,18 @@ def _attend_in_open_segment(
     return local_attention(query, key, value, scale=options.scale, softcap=options.softcap, mask=mask)
 
 
-def _alike_closed(pending: MemoryState, part: Stretches) -> MemoryState:
-    """The state after these tokens where all rows have as many in their open segments."""
+def _alike_closed(pending: MemoryState, part: Stretches, handed_on: Tensor) -> MemoryState:
+    """The state after these tokens where all rows have as many in their open segments.
+
+    `handed_on` are the values of all of those, as later segments see them.
+    """
     if part.used[0] + part.counts[0] < pending.segment_length:
         if part.used[0]:
             return pending
         # Not a view of what was read: it would keep all of that alive.
         return pending.with_open(Tensor.clone)
     if pending.open_context_key is not None:
-        key, value = pending.open_context_key, pending.local_value[:, :, : pending.context_tokens]
+        key, value = pending.open_context_key, handed_on[:, :, : pending.context_tokens]
         whole = [True] * len(part.first)
         pending = next_context(pending, key, value, whole=whole, first=part.first)
     pending = pending.with_open(lambda x: x[:, :, :0].clone())
@@ -187,7 +195,7 @@ def _alike_closed(pending: MemoryState, part: Stretches) -> MemoryState:
     )
 
 
-def _closed(pending: MemoryState, part: Stretches, state: MemoryState) -> MemoryState:
+def _closed(pending: MemoryState, part: Stretches, state: MemoryState, handed_on: Tensor) -> MemoryState:
     """The same where rows differ: some segments become whole, others stay open."""
     size, old = pending.segment_length, state.local_key.shape[2]
     ends = [used + new for used, new in zip(part.used, part.counts, strict=True)]
@@ -197,7 +205,7 @@ def _closed(pending: MemoryState, part: Stretches, state: MemoryState) -> Memory
     still_open = [end % size for end in ends]
     kept = _kept(torch.tensor(part.used), still_open, old).to(device)
     if state.open_context_key is not None:
-        pending = _closed_context(pending, part, state, whole)
+        pending = _closed_context(pending, part, state, whole, handed_on)
     memory, normalizer = (
         pending.memory + pending.pending_memory,
         pending.normalizer + pending.pending_normalizer,
@@ -214,7 +222,7 @@ def _closed(pending: MemoryState, part: Stretches, state: MemoryState) -> Memory
 
 
 def _closed_context(
-    pending: MemoryState, part: Stretches, state: MemoryState, whole: list[bool]
+    pending: MemoryState, part: Stretches, state: MemoryState, whole: list[bool], handed_on: Tensor
 ) -> MemoryState:
     """The contexts of rows that differ, and their open segments' keys as later ones will see them."""
     assert state.open_context_key is not None and pending.open_context_key is not None
@@ -225,7 +233,7 @@ def _closed_context(
     if any(whole):
         full = [context if ended else 0 for ended in whole]
         key = _gather(keys, _kept(used, full, width).to(device))
-        value = _gather(pending.local_value, _kept(used, full, state.local_value.shape[2]).to(device))
+        value = _gather(handed_on, _kept(used, full, state.local_value.shape[2]).to(device))
         pending = next_context(pending, key, value, whole=whole, first=part.first)
     still_open = [0 if ended else end for end, ended in zip(ends, whole, strict=True)]
     return replace(pending, open_context_key=_gather(keys, _kept(used, still_open, width).to(device)))

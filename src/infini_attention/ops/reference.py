@@ -95,7 +95,8 @@ def _piece(inputs: Inputs, column: int, state: MemoryState, options: Options) ->
     context = _continued_context(inputs, used, state)
     length = state.length + inputs.query.shape[2]
     if int(length) % options.segment_length == 0:  # the segment is whole: it becomes memory
-        context = _next_context(context, V_local, first, state)
+        V_outside = continued(state.local_value[:, :, :used], inputs.handed_on_value)
+        context = _next_context(context, V_outside, first, state)
         M, z = M + pending_memory, z + pending_normalizer
         copies = 1 if inputs.copies is None else int(inputs.copies[0, column])
         M, z = _again(M, z, sigma_k, V, copies - 1, options)
@@ -140,7 +141,7 @@ def _continued_context(inputs: Inputs, used: int, state: MemoryState) -> dict[st
 
 
 def _next_context(context: dict[str, Any], value: Tensor, first: bool, state: MemoryState) -> dict[str, Any]:
-    """What the next segment sees outside it, after one that is whole and has the values `value`."""
+    """What the next segment sees outside it, after one that is whole and hands on the values `value`."""
     if not context:
         return {}
     key = context["open_context_key"]

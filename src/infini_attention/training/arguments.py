@@ -34,8 +34,8 @@ class InfiniTrainingArguments(TrainingArguments):
         checkpoint_segments: so many segments go through the model at once, and again in the backward pass,
             which keeps only their states between; None keeps every activation.
         detach_every: gradients do not flow through the memory past every so many segments; None for never.
-        stop_gradient: what memory is to hold teaches each layer's key and value projections, and not the
-            layers below, as in Transformer-XL.
+        stop_gradient: what memory is to hold, and what later segments see, teaches each layer's key and
+            value projections, and not the layers below, as in Transformer-XL.
         carry_memory: the memory goes on from step to step, row by row, and starts afresh where a row's
             `starts_document` says so; see `infini_attention.data.windows.CarriedWindows`.
         context_parallel_size: so many processes share each sequence, a run of whole segments each.
