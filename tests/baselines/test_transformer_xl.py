@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from infini_attention.baselines.systems import system_name
+from infini_attention.models.families import InfiniLlamaConfig, InfiniLlamaForCausalLM
+from infini_attention.models.memory_off import SHUT
 
 from . import naive
 from .cases import SEGMENT, SIZES, make_baseline, make_tokens
@@ -126,6 +128,24 @@ def test_gradients_can_flow_through_the_cache() -> None:
     most = float(wanted.abs().amax())
     assert most > 0
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5 * most)  # angles are fp32
+
+
+def test_it_is_a_memory_that_is_shut_beside_sliding_attention_and_stopped_gradients() -> None:
+    """What an Infini-attention of that kind adds to Transformer-XL is its memory, and nothing else."""
+    model, tokens = make_baseline("transformer_xl").double(), make_tokens(2, LENGTH)
+    config = InfiniLlamaConfig(**SIZES, segment_length=SEGMENT, local_attention="sliding", gate_init=SHUT)
+    infini = InfiniLlamaForCausalLM(config).double()
+    missing, unexpected = infini.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected and all(name.endswith("memory_gate.logits") for name in missing)
+    logits, gradients = [], []
+    for each, how in ((model, {}), (infini, {"stop_gradient": True})):
+        logits.append(each(tokens, use_cache=False, **how).logits)
+        logits[-1].square().sum().backward()
+        gradients.append({name: x.grad for name, x in each.named_parameters() if "memory" not in name})
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-5, atol=1e-5)  # angles are fp32
+    for name, wanted in gradients[0].items():
+        most = float(wanted.abs().amax())
+        torch.testing.assert_close(gradients[1][name], wanted, rtol=1e-4, atol=1e-5 * most, msg=name)
 
 
 @torch.no_grad()

@@ -268,14 +268,15 @@ def test_the_command_reads_a_folder_of_any_system_and_finds_its_training(
         assert "is a baseline; update_rule can be set only when retrofitting" in capsys.readouterr().err
 
 
-def test_a_stopped_gradient_makes_another_system_of_a_model(
+def test_a_training_of_another_kind_makes_another_system_of_a_model(
     source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make("infini").save_pretrained(tmp_path / "model")
     BYTES.save_pretrained(tmp_path / "model")
-    (tmp_path / "summary.json").write_text(json.dumps({"steps": 3, "stop_gradient": True}))
+    summary = {"steps": 3, "stop_gradient": True, "gate_init": -2.0}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
     command = ["perplexity", source, "--model", str(tmp_path / "model"), "--device", "cpu", "--json"]
-    for more, name in (([], "Infini delta, stopped gradient"), (["--system", "ours"], "ours")):
+    for more, name in (([], "Infini delta, gates from -2, stopped gradient"), (["--system", "ours"], "ours")):
         main([*command, *more])
         assert json.loads(capsys.readouterr().out)["setting"]["system"] == name
 

@@ -218,8 +218,8 @@ def document_perplexity(
         tokenizer: the model's, a fast one.
         documents: which ones.
         name: what to call them in tables; default their source.
-        system: what to call the model in tables; default by its kind, as `system_name` has it, and whether it
-            was trained with `stop_gradient`.
+        system: what to call the model in tables; default by its kind, as `system_name` has it, and what
+            its training has said of `gate_init` and `stop_gradient`.
         max_tokens: read of each document at most.
         memory_off: read everything also with every gate shut, where an `infini_*` model has some that are
             open. What other systems hold besides goes on without their gates.
@@ -346,8 +346,13 @@ def _trained(model: str) -> dict[str, Any] | None:
 
 def _system(model: Any, trained: dict[str, Any] | None) -> str:
     """What to call the model: its kind, and how it was trained where that makes another system of it."""
-    stopped = trained is not None and trained.get("stop_gradient")
-    return f"{system_name(model)}, stopped gradient" if stopped else system_name(model)
+    trained = trained or {}
+    names = [system_name(model)]
+    if trained.get("gate_init") is not None:
+        names.append(f"gates from {trained['gate_init']:g}")
+    if trained.get("stop_gradient"):
+        names.append("stopped gradient")
+    return ", ".join(names)
 
 
 def _resumed(output: Path, report: PerplexityReport) -> PerplexityReport:

@@ -51,7 +51,7 @@ def train(recipe: Recipe, text: str) -> dict[str, Any]:
     with _shown(trainer):
         trainer.train(resume_from_checkpoint=_going_on(args, folder))
     figures: dict[str, Any] = {"steps": trainer.state.global_step} | trainer.cost.figures()
-    figures |= {"stop_gradient": True} if args.stop_gradient else {}  # what the weights do not tell
+    figures |= _untold(recipe)
     if trainer.stopped_by is not None:
         return figures | {"stopped_by": trainer.stopped_by, "output": str(folder)}
     figures |= measured(trainer, material) | {"output": str(folder / MODEL)}
@@ -89,6 +89,12 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
     if args.max_steps > 0:
         figures["hours"] = needs["seconds_a_step"] * args.max_steps / 3600
     return figures
+
+
+def _untold(recipe: Recipe) -> dict[str, Any]:
+    """What makes another system of the model, and its weights do not tell."""
+    told: dict[str, Any] = {"stop_gradient": True} if recipe.training.stop_gradient else {}
+    return told if recipe.model.gate_init is None else told | {"gate_init": recipe.model.gate_init}
 
 
 def _going_on(args: InfiniTrainingArguments, folder: Path) -> bool:
