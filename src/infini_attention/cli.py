@@ -22,9 +22,9 @@ class Reader:
     """The model that reads.
 
     Args:
-        model: A model's name, folder or GGUF file, or an alias: passkey, smollm2, or smollm2-books, which is
-            trained to use its memory. A model without memories is retrofitted, untrained; one with memories,
-            or a baseline where it can read, is taken as it is.
+        model: A model's name, folder or GGUF file, or an alias: passkey, smollm2, or smollm2-books or
+            smollm2-ask, which are trained to use their memory. A model without memories is retrofitted,
+            untrained; one with memories, or a baseline where it can read, is taken as it is.
         segment_length: Tokens a segment when retrofitting; by default 512.
         update_rule: linear or delta, when retrofitting; by default linear.
         feature_map: Feature map of the memory, when retrofitting; by default elu1.
@@ -92,6 +92,7 @@ class Generation:
 
 
 OURS = Reader(model="passkey")  # the model that was trained here
+TALKER = Reader(model="smollm2-ask")  # that of texts that are read, asked about and gone on with
 GROUPS = (Reader, Window, Generation)  # dataclasses whose fields are options by their own names
 WIDE = 240  # characters of a table where there is no terminal to fit
 
@@ -140,9 +141,9 @@ def stream(
 
     Args:
         text: A file, - for standard input, or an alias such as hamlet.
-        model: A model's name, folder or GGUF file, or an alias: passkey, smollm2, or smollm2-books, which is
-            trained to use its memory. A model without memories is retrofitted, untrained; one with memories
-            is read with as it is.
+        model: A model's name, folder or GGUF file, or an alias: passkey, smollm2, or smollm2-books or
+            smollm2-ask, which are trained to use their memory. A model without memories is retrofitted,
+            untrained; one with memories is read with as it is.
         segment_length: Tokens a segment when retrofitting; by default 512.
         update_rule: linear or delta, when retrofitting; by default linear.
         feature_map: Feature map of the memory, when retrofitting; by default elu1.
@@ -666,7 +667,7 @@ def ingest(
     max_tokens: int | None = None,
     exact: bool = False,
     snapshots: bool = False,
-    reader: Reader,
+    reader: Reader = TALKER,
     json: bool = False,
 ) -> None:
     """Read a text of any length into a state file of a few MB.
@@ -706,7 +707,7 @@ def ask(
     state: Path,
     question: str,
     *,
-    reader: Reader,
+    reader: Reader = TALKER,
     generation: Generation,
     json: bool = False,
 ) -> None:
@@ -726,7 +727,7 @@ def generate(
     *,
     prompt: str | None = None,
     output: Path | None = None,
-    reader: Reader,
+    reader: Reader = TALKER,
     generation: Generation,
     json: bool = False,
 ) -> None:
@@ -757,7 +758,7 @@ def generate(
 def chat(
     state: Path | None = None,
     *,
-    reader: Reader,
+    reader: Reader = TALKER,
     generation: Generation,
     json: bool = False,
 ) -> None:
@@ -781,7 +782,7 @@ def state(
     target: str | None = None,
     *,
     output: Path | None = None,
-    reader: Reader,
+    reader: Reader = TALKER,
     json: bool = False,
 ) -> None:
     """Show what a state file holds, copy it, or take it back to an earlier token.

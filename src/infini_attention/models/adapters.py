@@ -5,7 +5,9 @@ short convolutions where there are any, are in it whole.
 """
 
 import json
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,7 +56,8 @@ def add_adapter(
         target_modules=target_modules or "all-linear",
         modules_to_save=_own_modules(model),
     )
-    return _by_itself(get_peft_model(model, config))
+    with _quiet():
+        return _by_itself(get_peft_model(model, config))
 
 
 def base_of(folder: Path) -> str:
@@ -84,7 +87,8 @@ def load_adapter(folder: Path, load_base: Callable[[str], Any]) -> Any:
         model.config.segment_length = config.segment_length  # which may be another than its base's
     else:
         model = with_memories(model, memory_settings(config))
-    return _by_itself(PeftModel.from_pretrained(model, folder, is_trainable=True))
+    with _quiet():
+        return _by_itself(PeftModel.from_pretrained(model, folder, is_trainable=True))
 
 
 def merged(adapted: Any, dtype: torch.dtype | None) -> Any:
@@ -108,6 +112,14 @@ def is_adapted(model: Any) -> bool:
 
 def _own_modules(model: Any) -> list[str]:
     return sorted(OWN_MODULES & {name.rpartition(".")[2] for name, _ in model.named_modules()})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without a warning that is for peft, which asks transformers for something by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _by_itself(adapted: Any) -> Any:

@@ -26,6 +26,9 @@ PASSKEY = "passkey"
 SMOLLM2_BOOKS = "smollm2-books"
 """Alias of SmolLM2 with the adapter in `pretrained/smollm2-books`, whose memory has learnt to read books."""
 
+SMOLLM2_ASK = "smollm2-ask"
+"""Alias of SmolLM2 with the adapter in `pretrained/smollm2-ask`, which answers questions about a text."""
+
 PRETRAINED = Path(__file__).with_name("pretrained")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
@@ -37,7 +40,7 @@ def load_model(name_or_path: str | PathLike[str], *, dtype: torch.dtype | None =
     Args:
         name_or_path: a Hub name, a folder, a GGUF file (its weights are unpacked), a folder with an adapter
             of a model with memories (whose base is loaded, with the adapter in its weights), or an alias,
-            "passkey", "smollm2" or "smollm2-books".
+            "passkey", "smollm2", "smollm2-books" or "smollm2-ask".
         dtype: of the weights; default that of the checkpoint.
 
     Raises:
@@ -131,7 +134,7 @@ def _load(place: str, dtype: torch.dtype | None) -> Any:
 def _no_model(place: str, error: OSError) -> ValueError:
     return ValueError(
         f"model {place!r} is neither a folder with a model nor a name that can be loaded; give one, a "
-        f"GGUF file or an alias, {PASSKEY!r}, {SMOLLM2!r} or {SMOLLM2_BOOKS!r} ({error})"
+        f"GGUF file or an alias, {PASSKEY!r}, {SMOLLM2!r}, {SMOLLM2_BOOKS!r} or {SMOLLM2_ASK!r} ({error})"
     )
 
 
@@ -143,7 +146,7 @@ def _resolve(name_or_path: str | PathLike[str], wanted: str) -> str:
         raise ValueError(f"there is no folder {place}; {_remedy(Path(place), wanted)}")
     if place == SMOLLM2:
         return str(_smollm2())
-    return str(PRETRAINED / place) if place in (PASSKEY, SMOLLM2_BOOKS) else place
+    return str(PRETRAINED / place) if place in (PASSKEY, SMOLLM2_BOOKS, SMOLLM2_ASK) else place
 
 
 def _is_folder_name(place: str) -> bool:

@@ -25,5 +25,8 @@ def load_reader(
         model = retrofit(model, **({"segment_length": SEGMENT_LENGTH} | given))
         return model.to(place), True
     if given:
-        raise ValueError(f"{name} has memories already; {', '.join(given)} can be set only when retrofitting")
+        raise ValueError(
+            f"{name} has memories already; {', '.join(given)} can be set only when retrofitting: leave "
+            "that out, or choose a model without memories, such as --model smollm2"
+        )
     return model.to(place), False
