@@ -98,6 +98,12 @@ def test_stream_takes_every_setting_that_its_function_takes() -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["ingest", "ask", "generate", "chat", "state"])
+def test_what_reads_and_talks_has_one_model_by_default(name: str) -> None:
+    """One, since a state belongs to its model."""
+    assert inspect.signature(cli.SUBCOMMANDS[name]).parameters["reader"].default.model == "smollm2-ask"
+
+
 def test_a_text_that_is_not_there_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     code, output, error = run(capsys, "stream", "no-such-file.txt")
     assert code == 2

@@ -22,8 +22,8 @@ class Reader:
     """The model that reads.
 
     Args:
-        model: A model's name, folder or GGUF file, or an alias: passkey, smollm2, or smollm2-books or
-            smollm2-ask, which are trained to use their memory. A model without memories is retrofitted,
+        model: A model's name, folder or GGUF file, or an alias: passkey, smollm2, or one that is trained
+            to use its memory, smollm2-books or smollm2-ask. A model without memories is retrofitted,
             untrained; one with memories, or a baseline where it can read, is taken as it is.
         segment_length: Tokens a segment when retrofitting; by default 512.
         update_rule: linear or delta, when retrofitting; by default linear.
@@ -92,7 +92,7 @@ class Generation:
 
 
 OURS = Reader(model="passkey")  # the model that was trained here
-TALKER = Reader(model="smollm2-ask")  # that of texts that are read, asked about and gone on with
+TALKER = Reader(model="smollm2-ask")  # of commands that read a text, answer about it or go on with it
 GROUPS = (Reader, Window, Generation)  # dataclasses whose fields are options by their own names
 WIDE = 240  # characters of a table where there is no terminal to fit
 
@@ -141,8 +141,8 @@ def stream(
 
     Args:
         text: A file, - for standard input, or an alias such as hamlet.
-        model: A model's name, folder or GGUF file, or an alias: passkey, smollm2, or smollm2-books or
-            smollm2-ask, which are trained to use their memory. A model without memories is retrofitted,
+        model: A model's name, folder or GGUF file, or an alias: passkey, smollm2, or one that is trained
+            to use its memory, smollm2-books or smollm2-ask. A model without memories is retrofitted,
             untrained; one with memories is read with as it is.
         segment_length: Tokens a segment when retrofitting; by default 512.
         update_rule: linear or delta, when retrofitting; by default linear.

@@ -63,6 +63,21 @@ def test_no_gradient_comes_from_later_segments(settings: dict[str, object]) -> N
 
 
 @pytest.mark.parametrize("settings", [{}, *OUTSIDE], ids=str)
+def test_nor_from_later_calls(settings: dict[str, object]) -> None:
+    """Wherever calls are cut: what they leave of an open segment is handed on without a gradient."""
+    model = make(3, **settings)
+    embeddings = torch.randn(1, 3 * SEGMENT, 32, dtype=torch.float64, requires_grad=True)
+    cache = None
+    for piece in embeddings.split([4, SEGMENT, 3 * SEGMENT - 12], dim=1):
+        how = {} if cache is None else {CACHE_ARGUMENT: cache}
+        output = model(inputs_embeds=piece, use_cache=True, stop_gradient=True, **how)
+        cache = output[CACHE_ARGUMENT]
+    output.logits[:, -1].square().sum().backward()
+    reached = embeddings.grad[0].abs().amax(dim=-1) > 0
+    assert not reached[: 2 * SEGMENT].any() and reached[-1]
+
+
+@pytest.mark.parametrize("settings", [{}, *OUTSIDE], ids=str)
 @pytest.mark.parametrize("runs", [{"checkpoint_segments": 1}, {"checkpoint_segments": 3}], ids=str)
 def test_runs_change_nothing_of_it(runs: dict[str, int], settings: dict[str, object]) -> None:
     model = make(2, **settings).train()

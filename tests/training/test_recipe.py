@@ -424,6 +424,8 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
         {"model": {"memory": False}},
         {"model": {"family": "qwen3", "update_rule": "delta", "sizes": {**SIZES, "head_dim": 16}}},
         {"model": {"gate_init": -2.0}},
+        {"model": {"gate_init": 0.0}},
+        {"model": {"gate_init": -2.0, "memory": False}},
     ],
     ids=str,
 )
@@ -433,7 +435,7 @@ def test_every_way_to_train_ends_with_figures(tmp_path: Path, changes: dict[str,
     assert figures["steps"] == 6
     assert figures["validation_loss"] < 6
     assert figures.get("stop_gradient", False) == reading.recipe.training.stop_gradient
-    assert figures.get("gate_init") == reading.recipe.model.gate_init
+    assert figures.get("gate_init") == (-2.0 if changes == {"model": {"gate_init": -2.0}} else None)
     without = not reading.recipe.model.memory
     assert (figures["gate_max"] == 0) == without
     assert (figures["validation_loss"] == figures["validation_loss_memory_off"]) == without

@@ -408,12 +408,7 @@ class _Writer:
         self, cache: InfiniCache, questions: list[list[int]], choose: Callable[[Tensor], Tensor]
     ) -> list[list[int]]:
         """The tokens after each question, which all go on from `cache`, up to the end-of-text token."""
-        caches = [cache.copy() for _ in questions]
-        pairs = zip(questions, caches, strict=True)
-        logits = self._model.logits_of(
-            torch.cat([self._call(torch.tensor([ids]), own) for ids, own in pairs])
-        )
-        rows = Rows(self._model, caches, self._decoder_of(len(questions)))
+        logits, rows = self._asked(cache, questions)
         said: list[list[int]] = [[] for _ in questions]
         fed = dict.fromkeys(range(len(questions)), 0)
         for number in range(self._decoding.max_new_tokens):
@@ -428,11 +423,19 @@ class _Writer:
                 break
         return said
 
+    def _asked(self, cache: InfiniCache, questions: list[list[int]]) -> tuple[Tensor, Rows]:
+        """The logits after each question, (questions, vocabulary), and the rows that go on from there."""
+        caches = [cache.copy() for _ in questions]
+        pairs = zip(questions, caches, strict=True)
+        last = torch.cat([self._call(torch.tensor([ids]), own) for ids, own in pairs])
+        return self._model.logits_of(last), Rows(self._model, caches, self._decoder_of(len(questions)))
+
     def _decoder_of(self, rows: int) -> Decoder | None:
         """One of so many rows, the last one if it has them; None where layers have no memory."""
         if self._model.config.layers_without_memory:
             return None
         if self._decoder is None or self._decoder.rows != rows:
+            self._decoder = None  # its buffers go before others come
             self._decoder = Decoder(self._model, rows)
         return self._decoder
 

@@ -26,7 +26,7 @@ def load_reader(
         return model.to(place), True
     if given:
         raise ValueError(
-            f"{name} has memories already; {', '.join(given)} can be set only when retrofitting: leave "
-            "that out, or choose a model without memories, such as --model smollm2"
+            f"{name} has memories already; {', '.join(given)} can be set only when retrofitting; leave "
+            "it out, or choose a model without memories, such as --model smollm2"
         )
     return model.to(place), False

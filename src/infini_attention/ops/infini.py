@@ -74,8 +74,9 @@ def infini_attention(
             position embedding of a place that is segment_length ("sliding") or sink_tokens ("sink") before
             that of `local_key`, so that token j of a segment is N + j - i, or sink_tokens + j - i, from
             token i outside it. Default `local_key`.
-        context_value: `local_value` as later segments see it, with other gradients and the same numbers: of
-            tokens in a segment that is still open after a call, the state keeps `local_value` alone.
+        context_value: the values that later segments see; default `local_value`, whose numbers it must have:
+            it is there for other gradients. A state keeps `local_value` alone of its open segment, so that
+            what later segments see of an earlier call's tokens there has the numbers of that and no gradient.
         update_rule: "linear", equation (8), or "delta", equation (9).
         feature_map: sigma, a name of `ops.feature_maps`.
         normalization: of what memory answers to a query q: "sum", sigma(q) M / (sigma(q) z), equation (7);

@@ -36,7 +36,7 @@ class Inputs:
 
     `segment_weights` is (rows, segments) in the state's dtype, or None, or int64 where they are copies under
     the delta rule; `context_key` is None where no token sees anything outside its own segment, `local_value`
-    where it is `value`, `context_value` where it is as that.
+    where it is `value`, `context_value` where later segments see what local attention sees.
     """
 
     query: Tensor

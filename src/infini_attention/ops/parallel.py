@@ -150,7 +150,7 @@ def _open_segment(
         pending = replace(pending, open_context_key=continued(state.open_context_key, new))
     handed_on = local_values
     if inputs.context_value is not None:
-        handed_on = continued(state.local_value, inputs.context_value)
+        handed_on = continued(state.local_value.detach(), inputs.context_value)
     if part.alike:
         return output, _alike_closed(pending, part, handed_on)
     return output, _closed(pending, part, state, handed_on)

@@ -95,7 +95,9 @@ def _piece(inputs: Inputs, column: int, state: MemoryState, options: Options) ->
     context = _continued_context(inputs, used, state)
     length = state.length + inputs.query.shape[2]
     if int(length) % options.segment_length == 0:  # the segment is whole: it becomes memory
-        V_outside = continued(state.local_value[:, :, :used], inputs.handed_on_value)
+        V_outside = V_local
+        if inputs.context_value is not None:
+            V_outside = continued(state.local_value[:, :, :used].detach(), inputs.context_value)
         context = _next_context(context, V_outside, first, state)
         M, z = M + pending_memory, z + pending_normalizer
         copies = 1 if inputs.copies is None else int(inputs.copies[0, column])

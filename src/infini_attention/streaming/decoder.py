@@ -60,7 +60,8 @@ class Decoder:
         self._cache = InfiniStepCache(model.config, self.buffers)
         self._guests: list[weakref.ref[Guest] | None] = [None] * rows
         self._lengths = [0] * rows  # tokens that each row's sequence has seen
-        self._forward: Any = torch.compile(self._step, dynamic=False) if compiled else self._step
+        # Not the bound method, through which a decoder would hold itself, and its buffers outlive their use.
+        self._forward: Any = torch.compile(Decoder._step, dynamic=False) if compiled else Decoder._step
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured_weights: list[int] = []
         self._logits = torch.empty(0)
@@ -166,7 +167,7 @@ class Decoder:
         if not self.compiled:
             used = max(self._lengths[row] % self.buffers.segment_length for row in rows)
             self._cache.width = min(-(-(used + 1) // WIDTH_STEP) * WIDTH_STEP, self.buffers.segment_length)
-        return self._forward()
+        return self._forward(self)
 
     def _step(self) -> Tensor:
         arguments = {CACHE_ARGUMENT: self._cache, "use_cache": True}
@@ -182,11 +183,11 @@ class Decoder:
         stream.wait_stream(torch.cuda.current_stream(self._ids.device))
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                self._forward()
+                self._forward(self)
         torch.cuda.current_stream(self._ids.device).wait_stream(stream)
         self._graph, self._captured_weights = torch.cuda.CUDAGraph(), self._weights()
         with torch.cuda.graph(self._graph):
-            self._logits = self._forward()
+            self._logits = self._forward(self)
         self.buffers.active.copy_(active)
 
     def _weights(self) -> list[int]:

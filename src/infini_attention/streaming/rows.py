@@ -20,12 +20,13 @@ class Rows:
 
     Args:
         model: an `infini_*` language model in evaluation mode.
-        caches: of each sequence, which has read something; they are not to be used elsewhere.
+        caches: of each sequence, which has read something; they belong to the rows from then on.
         decoder: one of the model with as many rows at least, which nobody else uses meanwhile; or None.
     """
 
     def __init__(self, model: Any, caches: Sequence[InfiniCache], decoder: Decoder | None) -> None:
-        self._model, self._caches, self._decoder = model, caches, decoder
+        self._model, self._decoder = model, decoder
+        self._caches = caches if decoder is None else []  # where there is one, the states are in it
         self._guests = [_Seated() for _ in caches]  # a decoder holds them by weak references
         self._logits = torch.empty(len(caches), model.config.vocab_size, device=model.device)
         if decoder is not None:
@@ -39,7 +40,7 @@ class Rows:
         Only those of the rows that were fed mean anything. They are valid until the next step.
         """
         if self._decoder is not None:
-            return self._decoder.step(ids)[: len(self._caches)]
+            return self._decoder.step(ids)[: len(self._guests)]
         for row, token in ids.items():
             output = self._model(
                 input_ids=torch.tensor([[token]], device=self._model.device),

@@ -183,7 +183,7 @@ def read_state(path: str | PathLike[str], fingerprint: Fingerprint, shapes: Shap
         if differences := header.fingerprint.differences(fingerprint):
             raise _Wrong(
                 f"it belongs to another model or setting: {'; '.join(differences)}; "
-                "use the model, tokenizer and settings that it was saved with"
+                "use the model, tokenizer and settings that it was saved with (on the command line, --model)"
             )
         _check_layout(header, shapes)
         tensors = _loaded(b"".join(_verified(file, header)))

@@ -39,8 +39,7 @@ def make_model(recipe: ModelRecipe, vocab_size: int) -> Any:
         "short_convolution": recipe.short_convolution,
     }
     if recipe.base is None:
-        gate_init = 0.0 if recipe.gate_init is None else recipe.gate_init
-        model = _fresh(recipe, vocab_size, settings | {"gate_init": gate_init})
+        model = _fresh(recipe, vocab_size, settings | {"gate_init": _gate_init(recipe)})
     else:
         model = _on_base(recipe, settings)
     if model.config.vocab_size < vocab_size:
@@ -64,9 +63,12 @@ def _on_base(recipe: ModelRecipe, settings: dict[str, Any]) -> Any:
         _refuse_memory_settings(recipe)
         model = _with_segments(model, settings["segment_length"])
     else:
-        gate_init = -4.0 if recipe.gate_init is None else recipe.gate_init
-        model = retrofit(model, layers=recipe.layers, gate_init=gate_init, **settings)
+        model = retrofit(model, layers=recipe.layers, gate_init=_gate_init(recipe), **settings)
     return model if recipe.lora is None else add_adapter(model, **vars(recipe.lora))
+
+
+def _gate_init(recipe: ModelRecipe) -> float:
+    return recipe.usual_gate_init if recipe.gate_init is None else recipe.gate_init
 
 
 def _with_segments(model: Any, segment_length: int) -> Any:

@@ -93,6 +93,11 @@ class ModelRecipe:
     gate_init: float | None = None
     memory: bool = True
 
+    @property
+    def usual_gate_init(self) -> float:
+        """The `gate_init` that None stands for."""
+        return 0.0 if self.base is None else -4.0
+
 
 @dataclass
 class CopyTaskRecipe:

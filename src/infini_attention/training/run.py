@@ -93,8 +93,11 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
 
 def _untold(recipe: Recipe) -> dict[str, Any]:
     """What makes another system of the model, and its weights do not tell."""
+    model = recipe.model
     told: dict[str, Any] = {"stop_gradient": True} if recipe.training.stop_gradient else {}
-    return told if recipe.model.gate_init is None else told | {"gate_init": recipe.model.gate_init}
+    if model.memory and model.gate_init not in (None, model.usual_gate_init):
+        told["gate_init"] = model.gate_init
+    return told
 
 
 def _going_on(args: InfiniTrainingArguments, folder: Path) -> bool:
