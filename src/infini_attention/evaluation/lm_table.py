@@ -116,7 +116,8 @@ def lm_table(paths: Sequence[Path], *, reference: str = LOCAL_ONLY) -> LmTable:
 
     Raises:
         ValueError: a file of something else; documents of one name that are not the same tokens everywhere;
-            one model twice; or seeds of different segment lengths, or of which only some were trained.
+            one model twice; or seeds of different segment lengths or sizes, of trainings of different
+            lengths, or of which only some were trained.
     """
     reports = {path: read_report(path) for path in paths}
     _check(reports)
@@ -244,6 +245,7 @@ def _check(reports: dict[Path, PerplexityReport]) -> None:
     first: dict[str, tuple[Path, list[str]]] = {}
     lengths: dict[str, tuple[Path, int, bool]] = {}
     trainings: dict[tuple[str, str], tuple[Path, bool]] = {}
+    sizes: dict[tuple[str, str], tuple[Path, int, int | None]] = {}
     for path, report in reports.items():
         setting = report.setting
         model = setting.system, setting.documents, setting.fingerprint
@@ -264,6 +266,14 @@ def _check(reports: dict[Path, PerplexityReport]) -> None:
             raise ValueError(
                 f"{another} and {path} are both of {setting.system}, and only one of them has its training "
                 "beside it, so they are no two seeds; give one of them another --system"
+            )
+        size = setting.parameters, (report.trained or {}).get("steps")
+        another, *theirs_size = sizes.setdefault((setting.system, setting.documents), (path, *size))
+        if tuple(theirs_size) != size:
+            raise ValueError(
+                f"{another} and {path} are both of {setting.system}, with {theirs_size[0]:,} and {size[0]:,} "
+                f"parameters, trained for {theirs_size[1]} and {size[1]} steps, so they are no two seeds; "
+                "give one of them another --system"
             )
         like = setting.segment_length, setting.memory_off
         another, *theirs_like = lengths.setdefault(setting.system, (path, *like))
