@@ -7,8 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from infini_attention.models import InfiniCache, retrofit
 from infini_attention.models.cache import InfiniStepCache
 from infini_attention.models.compat import CACHE_ARGUMENT
+from infini_attention.models.decoder import Committed
 from infini_attention.streaming import Decoder
-from infini_attention.streaming.states import Committed
 
 
 class Guest:

@@ -8,8 +8,8 @@ from transformers import LlamaForCausalLM
 
 from infini_attention.models import InfiniCache
 from infini_attention.models.compat import CACHE_ARGUMENT
+from infini_attention.models.rows import Rows
 from infini_attention.streaming import Decoder
-from infini_attention.streaming.rows import Rows
 
 from .conftest import SEGMENT, WORDS
 

@@ -27,9 +27,9 @@ from infini_attention.evaluation.progress import ReadingProgress
 from infini_attention.evaluation.result_files import check_same_setting, fingerprint, plain, write_whole
 from infini_attention.models import InfiniCache
 from infini_attention.models.compat import CACHE_ARGUMENT
+from infini_attention.models.decoder import Decoder
+from infini_attention.models.rows import Rows
 from infini_attention.provenance import Provenance, provenance
-from infini_attention.streaming.decoder import Decoder
-from infini_attention.streaming.rows import Rows
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 OVERALL = ROUGE[:3]  # whose geometric mean is taken

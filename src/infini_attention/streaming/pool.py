@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from infini_attention.streaming.decoder import Decoder
-from infini_attention.streaming.interrupts import uninterrupted
+from infini_attention.models.decoder import Decoder
+from infini_attention.models.interrupts import uninterrupted
 from infini_attention.streaming.sampling import Sampler, SamplingOptions
 from infini_attention.streaming.session import Session, check_decoder
 

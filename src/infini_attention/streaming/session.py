@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from infini_attention.data.prompts import question_turn
 from infini_attention.models import InfiniCache
 from infini_attention.models.compat import CACHE_ARGUMENT
-from infini_attention.streaming.decoder import Decoder
+from infini_attention.models.decoder import Committed, Decoder
+from infini_attention.models.interrupts import uninterrupted
 from infini_attention.streaming.fingerprint import fingerprint
 from infini_attention.streaming.history import History
-from infini_attention.streaming.interrupts import uninterrupted
 from infini_attention.streaming.sampling import Sampler, SamplingOptions
 from infini_attention.streaming.snapshots import Snapshots
 from infini_attention.streaming.sources import Source, token_ids
@@ -31,7 +31,6 @@ from infini_attention.streaming.state_file import (
 from infini_attention.streaming.states import (
     MOST_SNAPSHOTS,
     MOST_TAIL,
-    Committed,
     cache_of,
     check_model,
     committed,

@@ -1,7 +1,7 @@
 """Between a model's cache of one sequence and the stacked tensors that files and snapshots hold."""
 
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from infini_attention.models import InfiniCache
 from infini_attention.models.cache import InfiniCacheLayer
 from infini_attention.models.config import InfiniConfigMixin, convolved_channels, head_dim_of
+from infini_attention.models.decoder import Committed
 from infini_attention.ops import MemoryState, feature_maps
 from infini_attention.ops.state import state_dtype
 from infini_attention.streaming.state_file import OpenSegment, Shapes, Snapshot, StateContents
@@ -51,29 +52,6 @@ def shapes_of(model: PreTrainedModel) -> Shapes:
 def states_of(cache: InfiniCache) -> list[MemoryState]:
     """Each layer's state; empty before the first token."""
     return [layer.state for layer in cache.layers if isinstance(layer, InfiniCacheLayer) and layer.state]
-
-
-class Committed(NamedTuple):
-    """What a sequence's layers know as of its last whole segment.
-
-    Attributes:
-        memory: (layers, kv_heads, feature_dim, value_dim).
-        normalizer: (layers, kv_heads, feature_dim).
-        recent: what short convolutions look back at, (layers, width - 1, channels); None without them.
-        context_key: what local attention sees outside a segment, (layers, kv_heads, context, head_dim); None,
-            as its values, where it sees nothing there.
-        context_value: (layers, kv_heads, context, value_dim).
-        earlier_memory: `memory` without the segment that is seen; None where local attention does not slide.
-        earlier_normalizer: `normalizer` without it.
-    """
-
-    memory: Tensor
-    normalizer: Tensor
-    recent: Tensor | None = None
-    context_key: Tensor | None = None
-    context_value: Tensor | None = None
-    earlier_memory: Tensor | None = None
-    earlier_normalizer: Tensor | None = None
 
 
 def committed(model: PreTrainedModel, cache: InfiniCache | None) -> Committed:

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infini_attention.models import InfiniCache
+from infini_attention.models.cache import InfiniCache
 from infini_attention.models.compat import CACHE_ARGUMENT
-from infini_attention.streaming.decoder import Decoder
-from infini_attention.streaming.states import Committed
+from infini_attention.models.decoder import Committed, Decoder
 
 
 class Rows:

@@ -2,21 +2,43 @@
 
 import threading
 import weakref
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from infini_attention.models import InfiniCache
-from infini_attention.models.cache import InfiniCacheLayer, InfiniStepCache
+from infini_attention.models.cache import InfiniCache, InfiniCacheLayer, InfiniStepCache
 from infini_attention.models.compat import CACHE_ARGUMENT
+from infini_attention.models.config import convolved_channels, head_dim_of
+from infini_attention.models.interrupts import uninterrupted
 from infini_attention.ops.step import StepBuffers
-from infini_attention.streaming.interrupts import uninterrupted
-from infini_attention.streaming.states import Committed, shapes_of
 
 WARM_UPS = 3  # runs before a step is captured, as torch asks for
 WIDTH_STEP = 128  # on the CPU, open segments are looked at up to a multiple of so many places
+
+
+class Committed(NamedTuple):
+    """What a sequence's layers know as of its last whole segment.
+
+    Attributes:
+        memory: (layers, kv_heads, feature_dim, value_dim).
+        normalizer: (layers, kv_heads, feature_dim).
+        recent: what short convolutions look back at, (layers, width - 1, channels); None without them.
+        context_key: what local attention sees outside a segment, (layers, kv_heads, context, head_dim); None,
+            as its values, where it sees nothing there.
+        context_value: (layers, kv_heads, context, value_dim).
+        earlier_memory: `memory` without the segment that is seen; None where local attention does not slide.
+        earlier_normalizer: `normalizer` without it.
+    """
+
+    memory: Tensor
+    normalizer: Tensor
+    recent: Tensor | None = None
+    context_key: Tensor | None = None
+    context_value: Tensor | None = None
+    earlier_memory: Tensor | None = None
+    earlier_normalizer: Tensor | None = None
 
 
 class Guest(Protocol):
@@ -204,18 +226,19 @@ class Decoder:
 
 
 def _buffers(model: PreTrainedModel, rows: int) -> StepBuffers:
-    config, shapes = model.config, shapes_of(model)
+    config: Any = model.config
+    head_dim, convolution = head_dim_of(config), config.short_convolution
     return StepBuffers.empty(
-        shapes.layers,
+        config.num_hidden_layers,
         rows,
-        shapes.kv_heads,
-        shapes.head_dim,
-        shapes.value_dim,
+        config.num_key_value_heads,
+        head_dim,
+        head_dim,
         segment_length=config.segment_length,
         feature_map=config.feature_map,
         local_attention=config.local_attention,
         sink_tokens=config.sink_tokens,
-        recent=(shapes.recent, shapes.recent_channels),
+        recent=(convolution - 1, convolved_channels(config)) if convolution else (0, 0),
         dtype=model.dtype,
         device=model.device,
     )
