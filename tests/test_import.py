@@ -1,5 +1,7 @@
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 from transformers import AutoConfig
 
@@ -41,3 +43,14 @@ def test_transformers_knows_the_model_types() -> None:
         if name.endswith("Config"):
             config = getattr(infini_attention, name)
             assert type(AutoConfig.for_model(config.model_type)) is config
+
+
+def test_a_folder_imports_from_those_above_it_alone() -> None:
+    order = ["ops", "layers", "models", "baselines", "data", "training", "evaluation", "streaming"]
+    package = Path(infini_attention.__file__).parent
+    for place, folder in enumerate(order):
+        below = "|".join([*order[place + 1 :], "cli"])
+        wrong = re.compile(rf"^\s*(?:from|import) infini_attention\.({below})\b", re.MULTILINE)
+        for path in [package / f"{folder}.py", *(package / folder).rglob("*.py")]:
+            found = wrong.search(path.read_text()) if path.is_file() else None
+            assert found is None, f"{path.relative_to(package)} imports from {found and found[1]}"
