@@ -9,6 +9,7 @@ from infini_attention.baselines.systems import LOCAL_ONLY
 from infini_attention.evaluation.document_perplexity_report import times, with_interval
 from infini_attention.evaluation.estimates import Interval
 from infini_attention.evaluation.lm_table import Cell, LmTable, Position, Row
+from infini_attention.evaluation.questions import short_length
 from infini_attention.evaluation.stream_report import require_matplotlib, size
 from infini_attention.evaluation.study_report import COLOURS, MARKERS
 
@@ -47,7 +48,7 @@ def plot(table: LmTable, path: Path) -> None:
         below.axhline(0, color="black", linewidth=0.8)
         below.set(xlabel="tokens read")
         below.set_xscale("log", base=2)
-        below.xaxis.set_major_formatter("{x:,.0f}")
+        below.xaxis.set_major_formatter(lambda tokens, _: short_length(round(tokens)))
         for axes in (above, below):
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
