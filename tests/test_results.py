@@ -64,6 +64,11 @@ def test_gates_learn_the_copy_task_as_was_published(tmp_path: Path, monkeypatch:
     ("name", "folder", "reference", "lines_at_least"),
     [
         ("lm-books", "lm-small/books", "local only", 21),
+        ("lm-books-2048", "lm-small/books-2048", "local only", 21),
+        ("lm-books-heads", "lm-small/books-heads", "local only", 21),
+        ("lm-books-heads", "lm-small/books-heads/rate-1e-3", "local only", 21),
+        ("lm-books-heads", "lm-small/books-heads/rate-4e-3", "local only", 18),
+        ("lm-books-heads", "lm-small/books-heads/twelve", "local only", 18),
         ("lm-maths", "lm-small/maths", "local only", 21),
         ("retrofit-books", "retrofit/books", "attention sinks, 4 of 2,048", 21),
         ("retrofit-books", "retrofit/short", "sliding window of 8,192", 11),

@@ -191,14 +191,17 @@ def test_results_that_are_not_alike_are_refused(write: Write, tmp_path: Path) ->
     lucky = write("lucky", "local only", 0.1, trained={"tokens": 1.0})
     with pytest.raises(ValueError, match=r"lucky\.json are both of local only, and only one"):
         lm_table([local, lucky])
-    short, long = (
-        write(f"steps-{n}", "RMT", n / 1e4, trained={"tokens": 1.0, "steps": n}) for n in (5, 1750)
-    )
-    with pytest.raises(
-        ValueError, match=r"both of RMT, .*, trained for 5 and 1750 steps, so they are no two"
+    for n, (what, two) in enumerate(
+        {"steps": (5, 1750), "learning_rate": (0.001, 0.002), "row_tokens": (512, 2048)}.items()
     ):
-        lm_table([short, long])
-    with pytest.raises(ValueError, match=r"both of local only, with 1,000 and 2,000 parameters"):
+        seeds = [
+            write(f"{what}-{each}", f"RMT {n}", each / 1e4, trained={"tokens": 1.0, what: each})
+            for each in two
+        ]
+        told = f"with {what} {two[0]:,} and {two[1]:,}, so they are no two seeds"
+        with pytest.raises(ValueError, match=re.escape(f"are both of RMT {n}, {told}")):
+            lm_table(seeds)
+    with pytest.raises(ValueError, match=r"both of local only, with parameters 1,000 and 2,000"):
         lm_table([local, write("wide", "local only", 0.1, parameters=2000)])
     with pytest.raises(ValueError, match=r"nothing\.json cannot be read"):
         lm_table([tmp_path / "nothing.json"])

@@ -250,6 +250,9 @@ def test_a_recipe_trains_and_goes_on_where_it_was_cut_off(
     assert figures["steps"] == 6
     assert 5 * 128 < figures["tokens"] <= 6 * 128 and figures["seconds"] > 0  # but for ends of documents
     assert 0 < figures["validation_loss"] < 6 and "validation_loss_memory_off" in figures
+    recipe = read_recipe(path).recipe
+    assert figures["learning_rate"] == recipe.training.learning_rate
+    assert figures["row_tokens"] == recipe.data.length
     folder = tmp_path / "run"
     summary = json.loads((folder / "summary.json").read_text())
     assert set(summary.pop("provenance")) >= {"command", "commit", "versions", "processor", "card"}

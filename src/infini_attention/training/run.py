@@ -92,9 +92,13 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
 
 
 def _untold(recipe: Recipe) -> dict[str, Any]:
-    """What makes another system of the model, and its weights do not tell."""
-    model = recipe.model
-    told: dict[str, Any] = {"stop_gradient": True} if recipe.training.stop_gradient else {}
+    """What makes another system of the model, or another training of it, and its weights do not tell."""
+    model, data = recipe.model, recipe.data
+    told: dict[str, Any] = {"learning_rate": recipe.training.learning_rate}
+    if data.documents is not None:
+        told["row_tokens"] = data.length
+    if recipe.training.stop_gradient:
+        told["stop_gradient"] = True
     if model.memory and model.gate_init not in (None, model.usual_gate_init):
         told["gate_init"] = model.gate_init
     return told
