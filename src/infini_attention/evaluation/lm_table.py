@@ -117,7 +117,7 @@ def lm_table(paths: Sequence[Path], *, reference: str = LOCAL_ONLY) -> LmTable:
     Raises:
         ValueError: a file of something else; documents of one name that are not the same tokens everywhere;
             one model twice; or seeds of different segment lengths or sizes, of trainings of different
-            lengths, learning rates or rows, or of which only some were trained.
+            lengths, learning rates or rows, as far as files tell them, or of which only some were trained.
     """
     reports = {path: read_report(path) for path in paths}
     _check(reports)
@@ -245,7 +245,7 @@ def _check(reports: dict[Path, PerplexityReport]) -> None:
     first: dict[str, tuple[Path, list[str]]] = {}
     lengths: dict[str, tuple[Path, int, bool]] = {}
     trainings: dict[tuple[str, str], tuple[Path, bool]] = {}
-    makings: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
+    makings: dict[tuple[str, str, str], tuple[Path, Any]] = {}
     for path, report in reports.items():
         setting = report.setting
         model = setting.system, setting.documents, setting.fingerprint
@@ -267,13 +267,12 @@ def _check(reports: dict[Path, PerplexityReport]) -> None:
                 f"{another} and {path} are both of {setting.system}, and only one of them has its training "
                 "beside it, so they are no two seeds; give one of them another --system"
             )
-        made = _made(report)
-        another, theirs_made = makings.setdefault((setting.system, setting.documents), (path, made))
-        for what, ours in made.items():
-            if theirs_made.get(what, ours) != ours:
+        for what, ours in _made(report).items():
+            another, theirs = makings.setdefault((setting.system, setting.documents, what), (path, ours))
+            if theirs != ours:
                 raise ValueError(
-                    f"{another} and {path} are both of {setting.system}, with {what} {theirs_made[what]:,} "
-                    f"and {ours:,}, so they are no two seeds; give one of them another --system"
+                    f"{another} and {path} are both of {setting.system}, with {what} {theirs:,} and "
+                    f"{ours:,}, so they are no two seeds; give one of them another --system"
                 )
         like = setting.segment_length, setting.memory_off
         another, *theirs_like = lengths.setdefault(setting.system, (path, *like))
@@ -287,5 +286,7 @@ def _check(reports: dict[Path, PerplexityReport]) -> None:
 def _made(report: PerplexityReport) -> dict[str, Any]:
     """What is the same for all seeds of a system, as far as the model and its training have told."""
     trained = report.trained or {}
-    told = {name: trained[name] for name in ("steps", "learning_rate", "row_tokens") if name in trained}
-    return {"parameters": report.setting.parameters} | told
+    names = ("steps", "learning_rate", "gate_learning_rate", "row_tokens")
+    return {"parameters": report.setting.parameters} | {
+        name: trained[name] for name in names if trained.get(name) is not None
+    }

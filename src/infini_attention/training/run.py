@@ -94,10 +94,13 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
 def _untold(recipe: Recipe) -> dict[str, Any]:
     """What makes another system of the model, or another training of it, and its weights do not tell."""
     model, data = recipe.model, recipe.data
-    told: dict[str, Any] = {"learning_rate": recipe.training.learning_rate}
+    args = recipe.training
+    told: dict[str, Any] = {"learning_rate": args.learning_rate}
+    if model.memory:
+        told["gate_learning_rate"] = args.gate_learning_rate
     if data.documents is not None:
         told["row_tokens"] = data.length
-    if recipe.training.stop_gradient:
+    if args.stop_gradient:
         told["stop_gradient"] = True
     if model.memory and model.gate_init not in (None, model.usual_gate_init):
         told["gate_init"] = model.gate_init
