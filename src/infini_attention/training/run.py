@@ -93,8 +93,7 @@ def dry_run(recipe: Recipe) -> dict[str, Any]:
 
 def _untold(recipe: Recipe) -> dict[str, Any]:
     """What makes another system of the model, or another training of it, and its weights do not tell."""
-    model, data = recipe.model, recipe.data
-    args = recipe.training
+    model, data, args = recipe.model, recipe.data, recipe.training
     told: dict[str, Any] = {"learning_rate": args.learning_rate}
     if model.memory:
         told["gate_learning_rate"] = args.gate_learning_rate
