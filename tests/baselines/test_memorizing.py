@@ -140,6 +140,19 @@ def test_the_lookup_is_exact_whatever_is_compared_at_once(
         torch.testing.assert_close(ours, wanted)
 
 
+@pytest.mark.parametrize("pairs", [5, 96, 97, 128, 1000])
+def test_the_largest_of_the_best_blocks_are_the_largest_of_all(pairs: int) -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(2, 7, pairs)
+    scores[0, :, -3:] += 9  # the last block is filled up, unless pairs are 96 or 128
+    scores[1, 0] = 1.0  # all alike
+    places = memorizing.largest(scores, 3)
+    assert (places >= 0).all() and (places < pairs).all()
+    assert all(len(row.unique()) == 3 for row in places.flatten(0, 1))
+    found = scores.gather(-1, places).sort(dim=-1).values
+    assert torch.equal(found, scores.sort(dim=-1).values[..., -3:])
+
+
 def test_the_lookup_keeps_no_scores_for_the_backward_pass() -> None:
     query, key, value = (torch.randn(1, 1, n, 8, requires_grad=n == 64) for n in (64, 4096, 4096))
     kept: list[int] = []

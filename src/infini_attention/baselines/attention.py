@@ -17,7 +17,7 @@ class Piece(NamedTuple):
     Attributes:
         tokens: how many of the text's there are.
         mask: (new, seen) bool, True = visible, where the new ones are the last that are seen; None where
-            they are all, and attention is causal.
+            each sees all up to itself.
         ends: whether they complete the segment.
     """
 
@@ -66,23 +66,16 @@ class SegmentAttentionMixin(FamilyAttentionMixin):
         return query, keys
 
     def weigh(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """The mean of `values` by the softmax of scores, each query seeing what `mask` allows."""
+        """The mean of `values` by the softmax of scores, each query seeing what `mask` allows.
+
+        Without one, the last query is at the last key and each sees all up to itself.
+        """
         group = query.shape[1] // keys.shape[1]
-        if mask is not None and group > 1:  # kernels for groups take no mask: all scores would exist at once
+        masked = mask is not None or query.shape[2] < keys.shape[2]
+        if masked and group > 1:  # kernels for groups take no mask: all scores would exist at once
             keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
         return local_attention(query, keys, values, scale=self.scaling, softcap=self.softcap, mask=mask)
 
     def close(self, state: Any, hidden_states: Tensor) -> Any:
         """What is kept of a segment that its last tokens, `hidden_states`, have completed."""
         return state.forgotten()
-
-
-def causal_mask(new: int, seen: int, device: torch.device) -> Tensor | None:
-    """(new, seen) bool, True = visible, where the new tokens are the last that are seen.
-
-    1 1 1 0    2 new tokens after 2 others; None where all are new, and attention is causal by itself
-    1 1 1 1
-    """
-    if new == seen:
-        return None
-    return torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from infini_attention.baselines.attention import Piece, SegmentAttentionMixin, causal_mask
+from infini_attention.baselines.attention import Piece, SegmentAttentionMixin
 from infini_attention.baselines.state import SegmentCache
 from infini_attention.models.compat import CACHE_ARGUMENT, pop_cache
 from infini_attention.models.inputs import packed_documents, padding_of
@@ -115,8 +115,8 @@ class SegmentModelMixin(InfiniPreTrainedMixin, nn.Module):
         size = self.config.segment_length
         cached = size if self.config.local_cache and seen >= size else 0
         positions = torch.arange(-cached, seen % size + new, device=inputs.device)
-        mask = causal_mask(new, len(positions), inputs.device)
-        return self.decode(inputs, positions, Piece(new, mask, (seen + new) % size == 0), cache, **kwargs)
+        ends = (seen + new) % size == 0
+        return self.decode(inputs, positions, Piece(new, None, ends), cache, **kwargs)
 
     def decode(
         self, inputs: Tensor, positions: Tensor, piece: Piece, cache: SegmentCache, **kwargs: Any

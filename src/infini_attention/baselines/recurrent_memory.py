@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
-from infini_attention.baselines.attention import Piece, causal_mask
+from infini_attention.baselines.attention import Piece
 from infini_attention.baselines.config import BaselineConfigMixin
 from infini_attention.baselines.modeling import SegmentModelMixin
 from infini_attention.baselines.state import RowState, SegmentCache, SegmentCacheLayer
@@ -133,10 +133,10 @@ def memory_mask(new: int, seen: int, reads: int, writes: int, device: torch.devi
     1 1 | 1 1 1 | 1 1    and 2 that are written, which see all
     1 1 | 1 1 1 | 1 1
 
-    None where there are neither, all tokens are new, and attention is causal by itself.
+    None where there are neither, and each token sees all up to itself.
     """
     if not reads and not writes:
-        return causal_mask(new, seen, device)
+        return None
     mask = torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)
     mask[:reads, :reads] = True
     mask[new - writes :] = True
