@@ -545,7 +545,7 @@ def evaluate(
 
 def table(
     kind: Literal["lm"],
-    results: list[Path],
+    results: list[str],
     *,
     reference: str = "local only",
     plot: Path | None = None,
@@ -555,7 +555,7 @@ def table(
 
     Args:
         kind: lm, of files of infini perplexity.
-        results: The files, of any systems, documents and seeds.
+        results: The files, of any systems, documents and seeds; NAME=FILE calls its system NAME.
         reference: The system that the others are compared with, document by document.
         plot: Where to draw perplexity by position, a file such as out/lm.png.
     """
@@ -565,7 +565,9 @@ def table(
 
     if plot is not None:
         require_matplotlib()
-    made = lm_table(results, reference=reference)
+    named = [_named(result) for result in results]
+    names = {path: name for name, path in named if name is not None}
+    made = lm_table([path for _, path in named], reference=reference, names=names)
     _print(made.to_json() if json else show.markdown(made))
     if plot is not None:
         show.plot(made, plot)
@@ -1156,7 +1158,7 @@ def _add_arguments(parser: ArgumentParser, function: Callable[..., None]) -> Non
         parser.add_argument(each.name, nargs="?", type=each.annotation, default=each.default, help=described)
     if "results" in parameters:
         described = _help_of(function, "results")
-        parser.add_argument("results", nargs="+", type=Path, help=described)
+        parser.add_argument("results", nargs="+", type=str, help=described)
     for group in groups.values():
         parser.add_class_arguments(group.annotation, as_group=False)
         if group.default is not group.empty:
@@ -1187,6 +1189,12 @@ def _grouped(function: Callable[..., None], settings: dict[str, Any]) -> dict[st
 def _help_of(function: Callable[..., None], name: str) -> str:
     lines = (function.__doc__ or "").splitlines()
     return next(line.split(": ", 1)[1] for line in lines if line.strip().startswith(f"{name}: "))
+
+
+def _named(result: str) -> tuple[str | None, Path]:
+    """NAME=FILE as a name and a file; None for the name of a file alone, which may have a = in its path."""
+    name, separator, file = result.partition("=")
+    return (name, Path(file)) if separator and not Path(result).exists() else (None, Path(result))
 
 
 def _print(shown: str | Iterable[Table]) -> None:

@@ -175,10 +175,22 @@ def test_the_command_prints_markdown_or_json(write: Write, capsys: pytest.Captur
     assert content["reference"] == "Transformer-XL"
 
 
+def test_a_file_may_be_called_otherwise(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    long, short = write("long", "local only", 0.0), write("rows=512", "local only", 0.1, segment_length=32)
+    main(["table", "lm", str(long), f"local only, rows of 512={short}", "--json"])
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [each["system"] for each in rows] == ["local only", "local only, rows of 512"]
+    assert rows[1]["cells"]["books"]["difference"]["value"] < 0
+    main(["table", "lm", str(short), "--json"])  # whose path has a = in it
+    assert json.loads(capsys.readouterr().out)["rows"][0]["system"] == "local only"
+
+
 def test_results_that_are_not_alike_are_refused(write: Write, tmp_path: Path) -> None:
     local = write("local", "local only", 0.0)
     with pytest.raises(ValueError, match=r"local\.json and .*again\.json are of the same model"):
         lm_table([local, write("again", "local only", 0.0)])
+    with pytest.raises(ValueError, match=r"local\.json is given twice"):
+        lm_table([local, local])
     fewer = write("fewer", "Transformer-XL", 0.1, documents="books")
     cut_off = json.loads(fewer.read_text())
     cut_off["documents"].pop()
@@ -186,8 +198,11 @@ def test_results_that_are_not_alike_are_refused(write: Write, tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"\(6 documents and 5, 5 alike\); let infini perplexity finish"):
         lm_table([local, fewer])
     longer = write("longer", "local only", 0.1, segment_length=32)
-    with pytest.raises(ValueError, match=r"both of local only, with segments of 16 and 32"):
+    with pytest.raises(ValueError, match=r"both of local only, with segment_length 16 and 32, so"):
         lm_table([local, longer])
+    read, unread = write("read", "Infini", 0.0), write("unread", "Infini", 0.1, memory_off=False)
+    with pytest.raises(ValueError, match=r"with memory_off True and False, so .* otherwise, as NAME=FILE"):
+        lm_table([read, unread])
     lucky = write("lucky", "local only", 0.1, trained={"tokens": 1.0})
     with pytest.raises(ValueError, match=r"lucky\.json are both of local only, and only one"):
         lm_table([local, lucky])

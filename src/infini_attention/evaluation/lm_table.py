@@ -5,7 +5,7 @@ of their mean loss, document by document.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from infini_attention.evaluation.document_perplexity import (
 )
 from infini_attention.evaluation.estimates import Interval, ratio
 from infini_attention.evaluation.result_files import plain
+
+CALLED_OTHERWISE = "call one of them otherwise, as NAME=FILE"  # where two files of a name are no seeds
 
 
 @dataclass(frozen=True)
@@ -107,19 +109,24 @@ class LmTable:
         return json.dumps(plain(asdict(self)), allow_nan=False)
 
 
-def lm_table(paths: Sequence[Path], *, reference: str = LOCAL_ONLY) -> LmTable:
+def lm_table(
+    paths: Sequence[Path], *, reference: str = LOCAL_ONLY, names: Mapping[Path, str] | None = None
+) -> LmTable:
     """Set results side by side.
 
     Args:
         paths: files of `infini perplexity`.
         reference: the system that others are compared with; where it was not read there are no differences.
+        names: what the systems of some files are to be called, in place of what these say.
 
     Raises:
         ValueError: a file of something else; documents of one name that are not the same tokens everywhere;
-            one model twice; or seeds of different segment lengths or sizes, of trainings of different
+            one file or model twice; or seeds of different segment lengths or sizes, of trainings of different
             lengths, learning rates or rows, as far as files tell them, or of which only some were trained.
     """
-    reports = {path: read_report(path) for path in paths}
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise ValueError(f"{twice[0]} is given twice; leave one of them out")
+    reports = {path: _called(read_report(path), (names or {}).get(path)) for path in paths}
     _check(reports)
     documents = [*dict.fromkeys(report.setting.documents for report in reports.values())]
     systems = dict.fromkeys(report.setting.system for report in reports.values())
@@ -141,6 +148,11 @@ def paired_difference(documents: Sequence[DocumentLoss], reference: Sequence[Doc
     """
     pairs = [*zip(documents, reference, strict=True)]
     return _percent([ours.loss().nats - theirs.loss().nats for ours, theirs in pairs], documents)
+
+
+def _called(report: PerplexityReport, name: str | None) -> PerplexityReport:
+    """The report with its system's name replaced by another one, if there is one."""
+    return report if name is None else replace(report, setting=replace(report.setting, system=name))
 
 
 def _of(reports: dict[Path, PerplexityReport], system: str, documents: str) -> list[DocumentLoss]:
@@ -243,7 +255,6 @@ def _check(reports: dict[Path, PerplexityReport]) -> None:
     """Raise ValueError where figures would not be of the same documents, or not of several models."""
     seen: dict[tuple[str, str, str], Path] = {}
     first: dict[str, tuple[Path, list[str]]] = {}
-    lengths: dict[str, tuple[Path, int, bool]] = {}
     trainings: dict[tuple[str, str], tuple[Path, bool]] = {}
     makings: dict[tuple[str, str, str], tuple[Path, Any]] = {}
     for path, report in reports.items():
@@ -265,28 +276,26 @@ def _check(reports: dict[Path, PerplexityReport]) -> None:
         if theirs_trained != trained:
             raise ValueError(
                 f"{another} and {path} are both of {setting.system}, and only one of them has its training "
-                "beside it, so they are no two seeds; give one of them another --system"
+                f"beside it, so they are no two seeds; {CALLED_OTHERWISE}"
             )
-        for what, ours in _made(report).items():
-            another, theirs = makings.setdefault((setting.system, setting.documents, what), (path, ours))
+        for (documents, what), ours in _made(report).items():
+            another, theirs = makings.setdefault((setting.system, documents, what), (path, ours))
             if theirs != ours:
                 raise ValueError(
-                    f"{another} and {path} are both of {setting.system}, with {what} {theirs:,} and "
-                    f"{ours:,}, so they are no two seeds; give one of them another --system"
+                    f"{another} and {path} are both of {setting.system}, with {what} {_text(theirs)} and "
+                    f"{_text(ours)}, so they are no two seeds; {CALLED_OTHERWISE}"
                 )
-        like = setting.segment_length, setting.memory_off
-        another, *theirs_like = lengths.setdefault(setting.system, (path, *like))
-        if tuple(theirs_like) != like:
-            raise ValueError(
-                f"{another} and {path} are both of {setting.system}, with segments of {theirs_like[0]} and "
-                f"{like[0]}, memory_off {theirs_like[1]} and {like[1]}; give one of them another --system"
-            )
 
 
-def _made(report: PerplexityReport) -> dict[str, Any]:
-    """What is the same for all seeds of a system, as far as the model and its training have told."""
-    trained = report.trained or {}
+def _made(report: PerplexityReport) -> dict[tuple[str, str], Any]:
+    """What is the same for all seeds of a system on some documents ("" for any), as far as files tell."""
+    setting, trained = report.setting, report.trained or {}
     names = ("steps", "learning_rate", "gate_learning_rate", "row_tokens")
-    return {"parameters": report.setting.parameters} | {
-        name: trained[name] for name in names if trained.get(name) is not None
-    }
+    of_documents = {"parameters": setting.parameters} | {name: trained.get(name) for name in names}
+    of_any = {"segment_length": setting.segment_length, "memory_off": setting.memory_off}
+    made = {(setting.documents, what): value for what, value in of_documents.items() if value is not None}
+    return made | {("", what): value for what, value in of_any.items()}
+
+
+def _text(value: Any) -> str:
+    return str(value) if isinstance(value, bool) else f"{value:,}"
