@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, told apart with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES, MARKERS = ("-", "--", ":", "-."), "os^vDPX*"
+STYLES, MARKERS = ("-", "--", ":", "-."), "os^vDPX*<>phdH8"
 ABREAST = 4  # panels of a picture in one row
 
 
