@@ -1193,8 +1193,9 @@ def _help_of(function: Callable[..., None], name: str) -> str:
 
 def _named(result: str) -> tuple[str | None, Path]:
     """NAME=FILE as a name and a file; None for the name of a file alone, which may have a = in its path."""
-    name, separator, file = result.partition("=")
-    return (name, Path(file)) if separator and not Path(result).exists() else (None, Path(result))
+    name, _, file = result.partition("=")
+    is_named = name and os.path.isfile(file) and not os.path.isfile(result)
+    return (name, Path(file)) if is_named else (None, Path(result))
 
 
 def _print(shown: str | Iterable[Table]) -> None:

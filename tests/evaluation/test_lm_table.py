@@ -183,6 +183,11 @@ def test_a_file_may_be_called_otherwise(write: Write, capsys: pytest.CaptureFixt
     assert rows[1]["cells"]["books"]["difference"]["value"] < 0
     main(["table", "lm", str(short), "--json"])  # whose path has a = in it
     assert json.loads(capsys.readouterr().out)["rows"][0]["system"] == "local only"
+    with pytest.raises(ValueError, match=r"names has .*rows=512\.json, which is not among the files"):
+        lm_table([long], names={short: "other rows"})
+    with pytest.raises(SystemExit):
+        main(["table", "lm", f"{short}x"])  # which is nowhere, and no name
+    assert f"{short}x cannot be read" in capsys.readouterr().err
 
 
 def test_results_that_are_not_alike_are_refused(write: Write, tmp_path: Path) -> None:

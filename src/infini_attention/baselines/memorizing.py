@@ -218,8 +218,9 @@ def largest(scores: Tensor, count: int) -> Tensor:
     """
     if scores.shape[-1] <= count * BLOCK:
         return _largest(scores, count)
-    filled = F.pad(scores, (0, -scores.shape[-1] % BLOCK), value=-math.inf)
-    members = filled.unflatten(-1, (BLOCK, -1))  # (..., BLOCK, blocks)
+    if missing := -scores.shape[-1] % BLOCK:
+        scores = F.pad(scores, (0, missing), value=-math.inf)
+    members = scores.unflatten(-1, (BLOCK, -1))  # (..., BLOCK, blocks)
     best = _largest(members.amax(dim=-2), count)
     among = members.gather(-1, best[..., None, :].expand(*members.shape[:-1], count))
     place = _largest(among.flatten(-2), count)

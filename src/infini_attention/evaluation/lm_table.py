@@ -121,12 +121,16 @@ def lm_table(
 
     Raises:
         ValueError: a file of something else; documents of one name that are not the same tokens everywhere;
-            one file or model twice; or seeds of different segment lengths or sizes, of trainings of different
-            lengths, learning rates or rows, as far as files tell them, or of which only some were trained.
+            one file or model twice; a name for no file; or seeds of different segment lengths or sizes, of
+            trainings of different lengths, learning rates or rows, as far as files tell them, or of which
+            only some were trained.
     """
+    names = names or {}
     if twice := [path for path in paths if paths.count(path) > 1]:
         raise ValueError(f"{twice[0]} is given twice; leave one of them out")
-    reports = {path: _called(read_report(path), (names or {}).get(path)) for path in paths}
+    if strange := [path for path in names if path not in paths]:
+        raise ValueError(f"names has {strange[0]}, which is not among the files; add it, or leave it out")
+    reports = {path: _called(read_report(path), names.get(path)) for path in paths}
     _check(reports)
     documents = [*dict.fromkeys(report.setting.documents for report in reports.values())]
     systems = dict.fromkeys(report.setting.system for report in reports.values())

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infini_attention.baselines.systems import LOCAL_ONLY
 from infini_attention.evaluation.document_perplexity_report import times, with_interval
 from infini_attention.evaluation.estimates import Interval
 from infini_attention.evaluation.lm_table import Cell, LmTable, Position, Row
@@ -95,8 +94,8 @@ def _remarks(table: LmTable) -> Iterator[str]:
     yield f"document, in % of the perplexity of {table.reference}, below 0 better. Memory: numbers held"
     yield "beside the open segment's, a row's in all layers; compression: against a full Memorizing"
     yield "Transformer of the same sizes. Tokens seen are those that the training predicted."
-    if LOCAL_ONLY in (row.system for row in table.rows):
-        yield f"Training of {LOCAL_ONLY} computes a memory and leaves it out: it could cost less."
+    if local := [row.system for row in table.rows if row.memory_floats == 0]:
+        yield f"Training of {' and of '.join(local)} computes a memory and leaves it out: it could cost less."
     if len(table.documents) > 1:
         yield f"Costs that differ stand in the order of {', '.join(table.documents)}."
     if any(len(cell.seeds) > 1 for row in table.rows for cell in row.cells.values()):
