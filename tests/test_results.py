@@ -61,27 +61,26 @@ def test_gates_learn_the_copy_task_as_was_published(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("name", "tables"),
+    ("name", "lines_at_least"),
     [
-        ("lm-books", 1),
-        ("lm-books-2048", 2),
-        ("lm-books-heads", 5),
-        ("lm-gates-fixed", 1),
-        ("lm-maths", 1),
-        ("retrofit-books", 2),
+        ("lm-books", [21]),
+        ("lm-books-2048", [21, 21]),
+        ("lm-books-heads", [21, 21, 21, 18, 18]),
+        ("lm-gates-fixed", [21]),
+        ("lm-maths", [21]),
+        ("retrofit-books", [21, 11]),
     ],
 )
 def test_language_models_compare_as_was_published(
-    name: str, tables: int, capsys: Printed, monkeypatch: pytest.MonkeyPatch
+    name: str, lines_at_least: list[int], capsys: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
     published = (RESULTS / f"2026-11-27-h200x4-{name}.txt").read_text().splitlines()
     commands = [line for line in published if line.startswith("$ infini table lm ")]
-    assert len(commands) == tables
-    for command in commands:
+    for command, least in zip(commands, lines_at_least, strict=True):
         main(_arguments(command.partition(" --plot ")[0]))
         lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-        assert len(lines) >= 11 and {*lines} <= {*published}
+        assert len(lines) >= least and {*lines} <= {*published}
 
 
 def _arguments(command: str) -> list[str]:
