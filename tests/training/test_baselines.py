@@ -94,7 +94,6 @@ def test_tensorboard_gets_the_figures_of_a_model_without_gates(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"carry_memory": True}, "carry_memory is set, and a TransformerXLLlamaConfig is of no infini"),
         ({"repeat_ceiling": 10.0}, "segment_weights is set"),
         ({"observe_steps": 1}, "TransformerXLLlamaForCausalLM has no memories"),
     ],

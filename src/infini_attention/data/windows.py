@@ -67,7 +67,7 @@ class CarriedWindows(Dataset[dict[str, Tensor]]):
     Args:
         store: the documents' tokens.
         length: tokens a window.
-        rows: of the whole batch, over all processes.
+        rows: of a whole step, over all processes and all batches that are accumulated.
         seed: of the shuffle.
 
     Raises:
@@ -91,12 +91,59 @@ class CarriedWindows(Dataset[dict[str, Tensor]]):
         """What row `index % rows` reads in step `index // rows`."""
         step, row = divmod(range(len(self))[index], self.rows)
         if step >= self._ends[row][-1]:
-            nothing = torch.full((self.length,), IGNORED)
-            item = {"input_ids": torch.zeros_like(nothing), "shift_labels": nothing}
-            return item | {"starts_document": torch.tensor(True)}
+            return _nothing(self.length) | {"starts_document": torch.tensor(True)}
         place, number = _find(self._ends[row], step)
         item = _window(self.store, int(self._documents[row][place]), number * self.length, self.length)
         return item | {"starts_document": torch.tensor(number == 0)}
+
+
+class SplitWindows(Dataset[dict[str, Tensor]]):
+    """Windows of which a step reads a part, of many documents: their memory is carried from part to part.
+
+    So many windows, of `parts * length` tokens, are read side by side, a part a step, and then as many
+    others: all rows' memories are emptied together. Windows are shuffled, anew for every epoch. Item
+    `step * rows + row` is what `row` reads in `step`: read the items in their order, `rows` at a time.
+
+    Items are those of `CarriedWindows`. The last rows are filled with windows that have nothing to predict.
+
+    Args:
+        store: the documents' tokens.
+        length: tokens a part.
+        rows: of a whole step, over all processes and all batches that are accumulated.
+        parts: of a window.
+        seed: of the shuffle.
+
+    Raises:
+        ValueError: length, rows or parts below 1.
+    """
+
+    def __init__(self, store: TokenStore, length: int, rows: int, parts: int, *, seed: int = 0) -> None:
+        if length < 1 or rows < 1 or parts < 1:
+            raise ValueError(f"length is {length}, rows {rows} and parts {parts}; give at least 1 of each")
+        self.store, self.length, self.rows, self.parts, self.seed = store, length, rows, parts, seed
+        self._ends = np.cumsum(-(-np.maximum(store.lengths - 1, 0) // (parts * length)))
+        self.steps = -(-int(self._ends[-1]) // rows) * parts
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle as for this epoch."""
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        self._order = torch.randperm(int(self._ends[-1]), generator=generator).tolist()
+
+    def __len__(self) -> int:
+        return self.steps * self.rows
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """What row `index % rows` reads in step `index // rows`."""
+        step, row = divmod(range(len(self))[index], self.rows)
+        batch, part = divmod(step, self.parts)
+        place = batch * self.rows + row
+        if place >= len(self._order):
+            item = _nothing(self.length)
+        else:
+            document, number = _find(self._ends, self._order[place])
+            item = _window(self.store, document, (number * self.parts + part) * self.length, self.length)
+        return item | {"starts_document": torch.tensor(part == 0)}
 
 
 class PackedDocuments(Dataset[dict[str, Tensor]]):
@@ -140,6 +187,12 @@ def _window(store: TokenStore, document: int, start: int, length: int) -> dict[s
         "input_ids": F.pad(inputs, (0, length - len(inputs))),
         "shift_labels": F.pad(labels, (0, length - len(labels)), value=IGNORED),
     }
+
+
+def _nothing(length: int) -> dict[str, Tensor]:
+    """What a row reads that has nothing left to predict."""
+    labels = torch.full((length,), IGNORED)
+    return {"input_ids": torch.zeros_like(labels), "shift_labels": labels}
 
 
 def _deal(documents: np.ndarray, windows: np.ndarray, rows: int) -> list[list[int]]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from infini_attention.layers import MemoryGate, ShortConvolution
-from infini_attention.models.cache import InfiniStepCache
+from infini_attention.models.cache import InfiniCache, InfiniStepCache
 from infini_attention.models.compat import pop_cache
 from infini_attention.models.config import convolved_channels
 from infini_attention.ops import MemoryState, infini_attention
@@ -118,6 +118,14 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
         `segment_context` holds what stands for them. The cache, if any, is an InfiniCache.
         """
         cache = pop_cache(kwargs)
+        fixed = cache is None or isinstance(cache, InfiniStepCache)
+        attend = self._attend if fixed else self._attend_apart
+        return attend(hidden_states, segment_context, cache), None
+
+    def _attend(
+        self, hidden_states: Tensor, segment_context: SegmentContext, cache: InfiniCache | None
+    ) -> Tensor:
+        """The layer's output; the cache moves on."""
         recent = None if cache is None else cache.recent(self.layer_idx)
         query, key, value, seen = self.project(hidden_states, recent, segment_context)
         local_query, local_key = self._rotate(query, key, segment_context.rotations[self.rotation_type])
@@ -131,8 +139,8 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
             "scale": self.scaling,
             "softcap": self.softcap,
         }
-        stepping = isinstance(cache, InfiniStepCache)
-        stopped = segment_context.stop_gradient and torch.is_grad_enabled() and not stepping
+        stopped = segment_context.stop_gradient and torch.is_grad_enabled()
+        stopped = stopped and not isinstance(cache, InfiniStepCache)
         if stopped:
             settings["local_value"] = value
             seen_before = None if recent is None else recent.detach()
@@ -167,7 +175,11 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
                 if seen is not None:
                     state = _looking_back(state, before, seen, self.config.short_convolution - 1)
                 cache.layers[self.layer_idx].advance(state, hidden_states.shape[1])
-        return self.o_proj(output.transpose(1, 2).flatten(2)), None
+        attended: Tensor = self.o_proj(output.transpose(1, 2).flatten(2))
+        return attended
+
+    # States differ from layer to layer and from call to call, and for each all would be compiled anew.
+    _attend_apart = torch.compiler.disable(_attend)
 
     def project(
         self, hidden_states: Tensor, recent: Tensor | None, segment_context: SegmentContext

@@ -1,4 +1,4 @@
-"""The memory that goes on from one optimiser step to the next."""
+"""What goes on from one optimiser step to the next: a memory, or whatever else a system carries."""
 
 from dataclasses import asdict
 from typing import Any
@@ -6,57 +6,94 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from infini_attention.baselines.linear_attention import LinearAttentionState
+from infini_attention.baselines.memorizing import MemorizingState
+from infini_attention.baselines.recurrent_memory import MemoryVectors
+from infini_attention.baselines.state import SegmentState
 from infini_attention.models.cache import InfiniCache, InfiniCacheLayer
 from infini_attention.models.config import InfiniConfigMixin
 from infini_attention.ops import MemoryState
+
+STATES: dict[str, type[Any]] = {
+    each.__name__: each
+    for each in (MemoryState, SegmentState, MemorizingState, MemoryVectors, LinearAttentionState)
+}
 
 
 class CarriedMemory:
     """The states of a batch's rows between two steps, without the graphs that made them."""
 
     def __init__(self) -> None:
-        self._states: list[MemoryState] = []
+        self._carried: list[tuple[Any, int]] = []  # of each layer, and how many tokens its cache had seen
 
-    def cache(self, config: Any, starts: Tensor | None) -> InfiniCache:
+    def cache(self, model: Any, starts: Tensor | None) -> InfiniCache:
         """A cache that goes on from the last step; rows start afresh where `starts`, (rows,) bool, says so.
 
-        Raises ValueError where the batch does not say which rows do, or has other rows than the last one,
-        and for a model that carries something else.
+        Raises ValueError where the batch does not say which rows do, or has other rows than the last one; for
+        a model that carries all keys; and for a baseline some of whose rows start and others do not.
         """
-        if not isinstance(config, InfiniConfigMixin):
-            raise ValueError(
-                f"carry_memory is set, and a {type(config).__name__} is of no infini_* model; leave it out"
-            )
-        config.check_every_layer_has_memory()
-        cache = InfiniCache(config)
+        cache = _empty_cache(model)
         if starts is None:
             raise ValueError(
-                "carry_memory is set and the batch has no starts_document, (rows,) bool; use CarriedWindows, "
-                "or add it to every example"
+                "carry_memory is set and the batch has no starts_document, (rows,) bool; use CarriedWindows "
+                "or SplitWindows, or add it to every example"
             )
-        if not self._states:
+        starts = starts.cpu()
+        if not self._carried:
             return cache
-        if len(starts) != self._states[0].batch_size:
+        rows = self._carried[0][0].batch_size
+        if len(starts) != rows:
             raise ValueError(
-                f"the batch has {len(starts)} rows, the memory carried to it {self._states[0].batch_size}; "
+                f"the batch has {len(starts)} rows, the memory carried to it {rows}; "
                 "give batches of equal size: dataloader_drop_last=True"
             )
-        for layer, state in zip(_layers(cache), self._states, strict=True):
-            layer.state = state.forget(starts)
+        if bool(starts.all()):
+            return cache
+        layers: list[Any] = cache.layers
+        for layer, (state, seen) in zip(layers, self._carried, strict=True):
+            layer.state, layer.seen = _without(state, starts), seen
         return cache
 
     def keep(self, cache: InfiniCache) -> None:
         """Take over the states after a step."""
-        self._states = [layer.state.detach() for layer in _layers(cache) if layer.state is not None]
+        layers: list[Any] = cache.layers
+        # A memory counts its tokens itself; masks of a batch are of the batch alone.
+        self._carried = [
+            (layer.state.detach(), 0 if isinstance(layer.state, MemoryState) else layer.seen)
+            for layer in layers
+        ]
 
-    def save(self) -> list[dict[str, Any]]:
-        """What `load` takes: tensors and numbers only."""
-        return [asdict(state) for state in self._states]
+    def save(self) -> list[tuple[str, dict[str, Any], int]]:
+        """What `load` takes: tensors, numbers and names only."""
+        return [(type(state).__name__, asdict(state), seen) for state, seen in self._carried]
 
-    def load(self, saved: list[dict[str, Any]], device: torch.device) -> None:
+    def load(self, saved: list[tuple[str, dict[str, Any], int]], device: torch.device) -> None:
         """Go on, on `device`, from what `save` gave."""
-        self._states = [MemoryState(**fields).to(device) for fields in saved]
+        self._carried = [(STATES[name](**fields).to(device), seen) for name, fields, seen in saved]
 
 
-def _layers(cache: InfiniCache) -> list[InfiniCacheLayer]:
-    return [layer for layer in cache.layers if isinstance(layer, InfiniCacheLayer)]
+def _empty_cache(model: Any) -> InfiniCache:
+    config: Any = model.config
+    if isinstance(config, InfiniConfigMixin):
+        config.check_every_layer_has_memory()
+        return InfiniCache(config)
+    make = getattr(model.base_model, "cache_class", None)
+    cache: InfiniCache | None = None if make is None else make(config)
+    if cache is None or not cache.layers or not isinstance(cache.layers[0], InfiniCacheLayer):
+        raise ValueError(
+            f"carry_memory is set, and a {type(config).__name__} has nothing of fixed size to carry; "
+            "leave it out"
+        )
+    return cache
+
+
+def _without(state: Any, starts: Tensor) -> Any:
+    """The state without what it has of rows that start afresh, (rows,) bool."""
+    if not bool(starts.any()):
+        return state
+    if not isinstance(state, MemoryState):
+        raise ValueError(
+            f"{int(starts.sum())} of {len(starts)} rows start afresh, and those of baselines do so together; "
+            "set data.carried_length"
+        )
+    return state.forget(starts)

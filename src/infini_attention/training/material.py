@@ -18,7 +18,7 @@ from infini_attention.data.passkey import PasskeyTask
 from infini_attention.data.shards import TokenStore, tokenized
 from infini_attention.data.summaries import SummariesTask, open_summaries, with_end
 from infini_attention.data.tokenizers import open_tokenizer
-from infini_attention.data.windows import CarriedWindows, PackedDocuments, Windows
+from infini_attention.data.windows import CarriedWindows, PackedDocuments, SplitWindows, Windows
 from infini_attention.training.models import segment_length_of
 from infini_attention.training.recipe import (
     AssociativeRecallRecipe,
@@ -132,8 +132,12 @@ def _rows(stores: list[TokenStore], recipe: Recipe) -> Dataset:
     """The documents of all stores as a training's rows."""
     args = recipe.training
     if args.carry_memory:
-        rows = args.per_device_train_batch_size * args.world_size
-        return CarriedWindows(stores[0], recipe.data.length, rows, seed=args.seed)
+        data = recipe.data
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if data.carried_length is None:
+            return CarriedWindows(stores[0], data.length, rows, seed=args.seed)
+        parts = data.carried_length // data.length
+        return SplitWindows(stores[0], data.length, rows, parts, seed=args.seed)
     return ConcatDataset([_single_rows(store, recipe.data) for store in stores])
 
 

@@ -205,6 +205,8 @@ class DataRecipe:
         validation: Documents to measure the loss on after training.
         tokenizer: The base's by default; bytes for UTF-8 bytes, or the name of a model.
         length: Tokens a row.
+        carried_length: Where training.carry_memory is set: tokens, a multiple of `length`, after which all
+            rows start afresh with other windows of documents; default each at the end of its document.
         pack: Whole documents, or pieces of at most `length` tokens, are packed into one row a process, each
             with its own memory; else rows are windows of one document.
         shards: Folder for tokens, which are made once.
@@ -219,6 +221,7 @@ class DataRecipe:
     validation: Documents | None = None
     tokenizer: str | None = None
     length: int = 32_768
+    carried_length: int | None = None
     pack: bool = False
     shards: Path = Path("out/tokens")
     copy_task: CopyTaskRecipe | None = None
@@ -289,6 +292,8 @@ class Recipe:
                 "data.pack and training.least_segments exclude each other: documents have their own lengths; "
                 "leave one out"
             )
+        if data.carried_length is not None:
+            self._check_carried_length(data.carried_length)
         if data.more_documents and self.training.carry_memory:
             raise ValueError(
                 "data.more_documents and training.carry_memory exclude each other: a memory is carried "
@@ -296,6 +301,18 @@ class Recipe:
             )
         if data.pack and self.training.carry_memory:
             raise ValueError("data.pack and training.carry_memory exclude each other; leave one out")
+
+    def _check_carried_length(self, tokens: int) -> None:
+        """Raise ValueError where rows cannot be carried through so many tokens."""
+        if not self.training.carry_memory:
+            raise ValueError(
+                f"data.carried_length is {tokens}, and nothing is carried from step to step; set "
+                "training.carry_memory"
+            )
+        if tokens < 1 or tokens % self.data.length:
+            raise ValueError(
+                f"data.carried_length is {tokens}, no multiple of data.length, {self.data.length}; choose one"
+            )
 
     def _refuse_cuts(self, source: str) -> None:
         """Raise ValueError for what would take a summary from its document, or questions from their keys."""
@@ -317,13 +334,13 @@ class Recipe:
         }
         given |= {
             "data.pack": self.data.pack,
-            "training.carry_memory": training.carry_memory,
             "training.context_parallel_size": training.context_parallel_size > 1,
             "training.observe_steps": training.observe_steps > 0,
             "training.repeat_ceiling": training.repeat_ceiling > 1,
             "training.stop_gradient": training.stop_gradient,
         }
         if name == "full":
+            given["training.carry_memory"] = training.carry_memory
             given["training.checkpoint_segments"] = training.checkpoint_segments is not None
             given["training.detach_every"] = training.detach_every is not None
         if wrong := [setting for setting, is_set in given.items() if is_set]:
@@ -331,10 +348,16 @@ class Recipe:
                 f"model.baseline is {name!r}, which has no use for {', '.join(wrong)}; leave out one or the "
                 "other"
             )
+        if training.carry_memory and self.data.carried_length is None:
+            raise ValueError(
+                f"training.carry_memory is set, and rows of model.baseline {name!r} start afresh together; "
+                "set data.carried_length"
+            )
 
     def _refuse_settings_of_documents(self) -> None:
         """Raise ValueError for what a task that makes its own rows would not use."""
-        names = ["more_documents", "validation", "length", "pack"] + ["tokenizer"] * self.data.makes_tokens
+        names = ["more_documents", "validation", "length", "carried_length", "pack"]
+        names += ["tokenizer"] * self.data.makes_tokens
         given = [name for name in names if getattr(self.data, name) != getattr(DataRecipe(), name)]
         if given:
             raise ValueError(

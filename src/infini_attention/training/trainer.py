@@ -86,13 +86,14 @@ class InfiniTrainer(Trainer):
         model: Any = self.model
         self.model_accepts_loss_kwargs = True  # losses are sums over a whole step, accumulation included
         self.label_names, self.can_return_loss = [], True  # evaluate by labels or shift_labels alike
+        self._batch = 0  # of the step's that are accumulated, each of which carries rows of its own
         self.observation: Observation | None = None
         self._logged: Observation | None = None
         self._observed_at = -1
         self._rates: dict[str | None, float] = {}  # of the last step
         self._context = ContextShare.of(self.args)
         self._random = torch.Generator().manual_seed(self.args.seed + self._context.number)
-        self._carried = CarriedMemory()
+        self._carried = self._nothing_carried()
         self._graphs: GraphedSteps | None = None
         self._teacher = Teacher(self.args, model.config.vocab_size) if self.args.teacher else None
         self._throughput = Throughput(self.model, self.args)
@@ -135,7 +136,7 @@ class InfiniTrainer(Trainer):
             resume_from_checkpoint = str(self._newest())
         elif resume_from_checkpoint and (reason := damage(Path(resume_from_checkpoint))):
             raise ValueError(f"{reason}; go on from another checkpoint")
-        self._carried, self._observed_at = CarriedMemory(), -1
+        self._carried, self._observed_at = self._nothing_carried(), -1
         self.cost.begin()
         if self._average is not None:
             self._average.forget()
@@ -204,6 +205,7 @@ class InfiniTrainer(Trainer):
             self.control.should_training_stop = True
             return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._batch = 0
         if not batches:
             return batches, None
         batches = [self._drawn(batch) for batch in batches]
@@ -219,7 +221,7 @@ class InfiniTrainer(Trainer):
         inputs = self._context.share(self._prepare_inputs(inputs), self._segment_length)
         starts = inputs.pop("starts_document", None)
         if self.args.carry_memory:
-            inputs[CACHE_ARGUMENT] = self._carried.cache(self._config, starts)
+            inputs[CACHE_ARGUMENT] = self._carried[self._batch].cache(self.model, starts)
         observed = dict(inputs)
         if self.args.carry_memory:
             observed[CACHE_ARGUMENT] = inputs[CACHE_ARGUMENT].copy()  # the step moves its own on
@@ -228,7 +230,8 @@ class InfiniTrainer(Trainer):
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.args.carry_memory:
-            self._carried.keep(inputs[CACHE_ARGUMENT])
+            self._carried[self._batch].keep(inputs[CACHE_ARGUMENT])
+            self._batch += 1
         self._throughput.count(inputs["input_ids"].shape)
         self._rates = {group.get("name"): group["lr"] for group in self._groups}
         if self._observes():
@@ -372,6 +375,9 @@ class InfiniTrainer(Trainer):
                 inputs[name] = getattr(args, name)
         return inputs
 
+    def _nothing_carried(self) -> list[CarriedMemory]:
+        return [CarriedMemory() for _ in range(self.args.gradient_accumulation_steps)]
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.carry_memory:
             dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -437,7 +443,8 @@ class InfiniTrainer(Trainer):
             path = Path(checkpoint) / self._own_state_name
             state = torch.load(path, map_location="cpu", weights_only=True)
             self._random.set_state(state["random"])
-            self._carried.load(state["carried"], self.args.device)
+            for carried, saved in zip(self._carried, state["carried"], strict=True):
+                carried.load(saved, self.args.device)
             self.cost.load(state.get("cost", {}))
             if self._average is not None:
                 self._average.load(state["average"])
@@ -462,7 +469,7 @@ class InfiniTrainer(Trainer):
     def _own_state(self) -> dict[str, Any]:
         return {
             "random": self._random.get_state(),
-            "carried": self._carried.save(),
+            "carried": [carried.save() for carried in self._carried],
             "cost": self.cost.figures(),
             "average": [] if self._average is None else self._average.save(),
         }

@@ -1,0 +1,133 @@
+"""What is carried from step to step is what the whole text would have left, for every system."""
+
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from infini_attention.baselines import BASELINES
+from infini_attention.data.documents import Documents
+from infini_attention.data.shards import TokenStore, tokenized
+from infini_attention.data.tokenizers import byte_tokenizer
+from infini_attention.data.windows import CarriedWindows, SplitWindows, Windows
+from infini_attention.models import retrofit
+from infini_attention.training.arguments import InfiniTrainingArguments
+from infini_attention.training.trainer import InfiniTrainer
+
+SEGMENT, LENGTH, PARTS, ROWS = 4, 8, 3, 4
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 384,
+}
+OWN = {
+    "memorizing": {"memory_size": 20, "neighbors": 3},
+    "recurrent_memory": {"memory_tokens": 3},
+    "sliding_window": {"window": 6, "sinks": 2},
+}
+SYSTEMS = ["segment", "sliding", "sink", *(name for name in BASELINES if name != "full")]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    folder: Path = tmp_path_factory.mktemp("texts")
+    for number, size in enumerate([50, 30, 3, 40, 26]):
+        (folder / f"{number}.txt").write_text((string.ascii_letters[number:] * 2)[:size])
+    return tokenized(Documents(f"{folder}/*.txt"), byte_tokenizer(), folder / "tokens")
+
+
+def make(name: str) -> Any:
+    torch.manual_seed(0)
+    if name not in BASELINES:
+        base = LlamaForCausalLM(LlamaConfig(**SIZES))
+        settings = {"update_rule": "delta", "local_attention": name, "sink_tokens": 2, "gate_init": 1.0}
+        return retrofit(base, segment_length=SEGMENT, **settings)
+    model_class = BASELINES[name][LlamaForCausalLM]
+    return model_class(model_class.config_class(**SIZES, segment_length=SEGMENT, **OWN.get(name, {})))
+
+
+def trainer(model: Any, store: TokenStore, folder: Path, **settings: Any) -> InfiniTrainer:
+    fixed = {"per_device_train_batch_size": ROWS, "logging_steps": 1, "report_to": "none", "use_cpu": True}
+    fixed |= {"save_strategy": "no", "disable_tqdm": True, "carry_memory": True}
+    args = InfiniTrainingArguments(output_dir=str(folder), **fixed | settings)
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return InfiniTrainer(model=model, args=args, train_dataset=SplitWindows(store, LENGTH, rows, PARTS))
+
+
+def losses_of_the_whole(model: Any, data: SplitWindows) -> list[float]:
+    """Each step's mean loss where every row's window goes through the model in one piece."""
+
+    def tokens(step: int, name: str) -> Tensor:
+        items = [
+            data[number * data.rows + row] for number in range(step, step + PARTS) for row in range(ROWS)
+        ]
+        return torch.stack([item[name] for item in items]).view(PARTS, ROWS, LENGTH)
+
+    found = []
+    for step in range(0, data.steps, PARTS):
+        ids, labels = tokens(step, "input_ids"), tokens(step, "shift_labels")
+        logits = model(ids.transpose(0, 1).flatten(1), use_cache=False).logits.unflatten(1, (PARTS, LENGTH))
+        for part in range(PARTS):
+            each = F.cross_entropy(logits[:, part].flatten(0, 1), labels[part].flatten())
+            found.append(each.item())
+    return found
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("name", SYSTEMS)
+@torch.no_grad()
+def test_a_step_goes_on_where_the_rows_stopped(
+    name: str, accumulated: int, store: TokenStore, tmp_path: Path
+) -> None:
+    model = make(name).train()
+    sizes = {"per_device_train_batch_size": ROWS // accumulated, "gradient_accumulation_steps": accumulated}
+    training = trainer(
+        model,
+        store,
+        tmp_path,
+        max_steps=6,
+        learning_rate=0.0,
+        gate_learning_rate=0.0,
+        weight_decay=0.0,
+        **sizes,
+    )
+    with torch.enable_grad():
+        training.train()
+    logged = [entry["loss"] for entry in training.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(losses_of_the_whole(model, training.train_dataset)[:6], abs=2e-4)
+
+
+@torch.no_grad()
+def test_what_is_carried_matters_here(store: TokenStore) -> None:
+    for name in SYSTEMS:
+        model, data = make(name).train(), SplitWindows(store, LENGTH, ROWS, PARTS)
+        whole = losses_of_the_whole(model, data)
+        second = [data[ROWS + row] for row in range(ROWS)]
+        ids, labels = (torch.stack([item[key] for item in second]) for key in ("input_ids", "shift_labels"))
+        alone = F.cross_entropy(model(ids, use_cache=False).logits.flatten(0, 1), labels.flatten())
+        assert abs(whole[1] - alone) > 5e-4, name
+
+
+def test_rows_of_a_baseline_start_afresh_together(store: TokenStore, tmp_path: Path) -> None:
+    training = trainer(make("transformer_xl"), store, tmp_path, max_steps=8)
+    documents = CarriedWindows(store, LENGTH, ROWS)
+    training.train_dataset = documents
+    with pytest.raises(ValueError, match=r"of 4 rows start afresh, and those of baselines do so together"):
+        training.train()
+
+
+def test_what_cannot_be_carried_is_refused(store: TokenStore, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a FullAttentionLlamaConfig has nothing of fixed size to carry"):
+        trainer(make("full"), store, tmp_path).train()
+    training = trainer(make("segment"), store, tmp_path)
+    training.train_dataset = Windows(store, LENGTH)
+    with pytest.raises(ValueError, match="the batch has no starts_document"):
+        training.train()
