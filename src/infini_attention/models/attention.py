@@ -118,15 +118,11 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
         `segment_context` holds what stands for them. The cache, if any, is an InfiniCache.
         """
         cache = pop_cache(kwargs)
-        fixed = cache is None or isinstance(cache, InfiniStepCache)
-        attend = self._attend if fixed else self._attend_apart
-        return attend(hidden_states, segment_context, cache), None
-
-    def _attend(
-        self, hidden_states: Tensor, segment_context: SegmentContext, cache: InfiniCache | None
-    ) -> Tensor:
-        """The layer's output; the cache moves on."""
-        recent = None if cache is None else cache.recent(self.layer_idx)
+        stepping = isinstance(cache, InfiniStepCache)
+        before = None if cache is None or stepping else _state_of(cache, self)
+        recent = None if before is None else before.open_recent
+        if stepping:
+            recent = cache.recent(self.layer_idx)
         query, key, value, seen = self.project(hidden_states, recent, segment_context)
         local_query, local_key = self._rotate(query, key, segment_context.rotations[self.rotation_type])
         settings = {
@@ -139,8 +135,7 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
             "scale": self.scaling,
             "softcap": self.softcap,
         }
-        stopped = segment_context.stop_gradient and torch.is_grad_enabled()
-        stopped = stopped and not isinstance(cache, InfiniStepCache)
+        stopped = segment_context.stop_gradient and torch.is_grad_enabled() and not stepping
         if stopped:
             settings["local_value"] = value
             seen_before = None if recent is None else recent.detach()
@@ -157,7 +152,6 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
             )
             cache.buffers.look_back(self.layer_idx, None if seen is None else seen[:, 1:])
         else:
-            before = None if cache is None else cache.layers[self.layer_idx].state
             if segment_context.context_group is not None:
                 before = self._incoming(key, value, before, segment_context)
             output, state = infini_attention(
@@ -174,12 +168,8 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
             if cache is not None:
                 if seen is not None:
                     state = _looking_back(state, before, seen, self.config.short_convolution - 1)
-                cache.layers[self.layer_idx].advance(state, hidden_states.shape[1])
-        attended: Tensor = self.o_proj(output.transpose(1, 2).flatten(2))
-        return attended
-
-    # States differ from layer to layer and from call to call, and for each all would be compiled anew.
-    _attend_apart = torch.compiler.disable(_attend)
+                _hand_on(cache, self, state, hidden_states.shape[1])
+        return self.o_proj(output.transpose(1, 2).flatten(2)), None
 
     def project(
         self, hidden_states: Tensor, recent: Tensor | None, segment_context: SegmentContext
@@ -222,6 +212,22 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
             tokens_before=segment_context.tokens_before,
             group=segment_context.context_group,
         )
+
+
+# Which layer's state it is must not be known to what is compiled: that would be anew for each.
+@torch.compiler.disable
+def _state_of(cache: InfiniCache, attention: FamilyAttentionMixin) -> MemoryState | None:
+    """What the layer carries from its earlier calls."""
+    layer: Any = cache.layers[attention.layer_idx]
+    state: MemoryState | None = layer.state
+    return state
+
+
+@torch.compiler.disable
+def _hand_on(cache: InfiniCache, attention: FamilyAttentionMixin, state: MemoryState, tokens: int) -> None:
+    """Have the cache carry the `state` after so many more tokens."""
+    layer: Any = cache.layers[attention.layer_idx]
+    layer.advance(state, tokens)
 
 
 def _looking_back(state: MemoryState, before: MemoryState | None, seen: Tensor, recent: int) -> MemoryState:

@@ -238,6 +238,14 @@ class MemoryState:
 
         return self._map(kept)._trimmed()
 
+    def recounted(self) -> "MemoryState":
+        """The same state after fewer tokens: those of the open segment, and one whole one if any was.
+
+        What comes next is the same; the number of states of a training that differ in `length` is small.
+        """
+        size = self.segment_length
+        return replace(self, length=self.length % size + size * (self.length >= size))
+
     def detach(self) -> "MemoryState":
         """The same values, cut off from the graph that made them."""
         return self._map(Tensor.detach)

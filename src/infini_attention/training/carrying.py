@@ -57,11 +57,7 @@ class CarriedMemory:
     def keep(self, cache: InfiniCache) -> None:
         """Take over the states after a step."""
         layers: list[Any] = cache.layers
-        # A memory counts its tokens itself; masks of a batch are of the batch alone.
-        self._carried = [
-            (layer.state.detach(), 0 if isinstance(layer.state, MemoryState) else layer.seen)
-            for layer in layers
-        ]
+        self._carried = [_kept(layer.state.detach(), layer.seen) for layer in layers]
 
     def save(self) -> list[tuple[str, dict[str, Any], int]]:
         """What `load` takes: tensors, numbers and names only."""
@@ -85,6 +81,11 @@ def _empty_cache(model: Any) -> InfiniCache:
             "leave it out"
         )
     return cache
+
+
+def _kept(state: Any, seen: int) -> tuple[Any, int]:
+    """A state and its cache's count of tokens; a memory has its own, and masks are of one batch alone."""
+    return (state.recounted(), 0) if isinstance(state, MemoryState) else (state, seen)
 
 
 def _without(state: Any, starts: Tensor) -> Any:
