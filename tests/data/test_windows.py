@@ -11,7 +11,7 @@ from transformers import DataCollatorWithFlattening
 from infini_attention.data.documents import Documents
 from infini_attention.data.shards import TokenStore, tokenized
 from infini_attention.data.tokenizers import byte_tokenizer
-from infini_attention.data.windows import CarriedWindows, PackedDocuments, Windows
+from infini_attention.data.windows import CarriedWindows, PackedDocuments, SplitWindows, Windows
 
 LENGTH = 8
 SIZES = [20, 1, 2, 7, 8, 9, 10, 16, 17, 33]  # bytes of each document
@@ -83,6 +83,49 @@ def test_rows_are_of_about_the_same_length(store: TokenStore) -> None:
     assert windows.steps == max(loads)
 
 
+@pytest.mark.parametrize(
+    ("rows", "parts", "together"), [(1, 2, 1), (3, 2, 1), (4, 3, 2), (5, 2, 5), (20, 4, 1)]
+)
+def test_each_row_reads_whole_windows_one_after_the_other(
+    store: TokenStore, rows: int, parts: int, together: int
+) -> None:
+    split = SplitWindows(store, LENGTH, rows, parts, together=together, seed=3)
+    assert len(split) == split.steps * rows
+    windows = [item for item in Windows(store, LENGTH * parts)]
+    read: list[Tensor] = []
+    for row in range(rows):
+        items = [split[step * rows + row] for step in range(split.steps)]
+        assert bool(items[0]["starts_document"])
+        begins = [step for step, item in enumerate(items) if step and item["starts_document"]]
+        first = begins[0] % parts if begins else 0  # in the midst of a window, whose beginning comes last
+        assert begins == list(range(first or parts, split.steps, parts))
+        items = items[first:] + items[:first]
+        labels = torch.stack([item["shift_labels"] for item in items]).view(-1, parts * LENGTH)
+        read += [each for each in labels if (each != -100).any()]
+    expected = sorted(item["shift_labels"].tolist() for item in windows)
+    assert sorted(each.tolist() for each in read) == expected
+
+
+def test_as_many_rows_as_can_begin_a_window_in_every_step(store: TokenStore) -> None:
+    split = SplitWindows(store, 4, 6, 3)
+    begin = torch.tensor([bool(item["starts_document"]) for item in split]).view(-1, 6).sum(dim=1)
+    assert begin[0] == 6 and set(begin[1:].tolist()) == {2}
+    pairs = SplitWindows(store, 4, 6, 3, together=3)
+    begin = torch.tensor([bool(item["starts_document"]) for item in pairs]).view(-1, 2, 3)
+    assert (begin.all(dim=2) | ~begin.any(dim=2)).all()  # three by three
+    assert begin[1:].any(dim=2).sum(dim=1).max() == 1
+
+
+def test_every_epoch_deals_windows_anew(store: TokenStore) -> None:
+    def read(epoch: int, seed: int = 0) -> list[list[int]]:
+        split = SplitWindows(store, LENGTH, 2, 2, seed=seed)
+        split.set_epoch(epoch)
+        return [item["shift_labels"].tolist() for item in split]
+
+    assert read(0) == read(0) != read(1) != read(0, seed=5)
+    assert sorted(read(0)) == sorted(read(1))
+
+
 def test_the_seed_decides_the_order_of_the_documents(store: TokenStore) -> None:
     orders = [
         [item["input_ids"].tolist() for item in CarriedWindows(store, LENGTH, 2, seed=s)] for s in (0, 0, 1)
@@ -99,7 +142,9 @@ def test_packed_documents_predict_every_token_once_in_a_row_of_their_own(store: 
     assert (batch["position_ids"][0] == 0).nonzero().flatten().tolist() == starts[:-1]
 
 
-@pytest.mark.parametrize("make", [lambda s: Windows(s, 4), lambda s: CarriedWindows(s, 4, 2)])
+@pytest.mark.parametrize(
+    "make", [lambda s: Windows(s, 4), lambda s: CarriedWindows(s, 4, 2), lambda s: SplitWindows(s, 4, 2, 2)]
+)
 def test_items_do_not_depend_on_workers_or_pickling(store: TokenStore, make: type[Dataset]) -> None:
     windows = make(store)
     here = [item["input_ids"] for item in windows]
@@ -112,6 +157,10 @@ def test_bad_sizes_are_refused(store: TokenStore) -> None:
         Windows(store, 8, stride=9)
     with pytest.raises(ValueError, match="length is 0"):
         CarriedWindows(store, 0, 1)
+    with pytest.raises(ValueError, match="length is 8, rows 2 and parts 0; give at least 1 of each"):
+        SplitWindows(store, 8, 2, 0)
+    with pytest.raises(ValueError, match="together is 3, and there are 2 rows; give from 1 to 2"):
+        SplitWindows(store, 8, 2, 2, together=3)
     with pytest.raises(ValueError, match="9 documents have something to predict, for 10 rows; give fewer"):
         CarriedWindows(store, 8, 10)
     with pytest.raises(ValueError, match="length is 1; give at least 2"):
@@ -119,6 +168,11 @@ def test_bad_sizes_are_refused(store: TokenStore) -> None:
 
 
 def test_there_is_no_window_beyond_the_last(store: TokenStore) -> None:
-    for windows in (Windows(store, 4), CarriedWindows(store, 4, 2), PackedDocuments(store, 4)):
+    for windows in (
+        Windows(store, 4),
+        CarriedWindows(store, 4, 2),
+        SplitWindows(store, 4, 2, 2),
+        PackedDocuments(store, 4),
+    ):
         with pytest.raises(IndexError):
             windows[len(windows)]

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from infini_attention.baselines import BASELINES
@@ -33,6 +32,7 @@ OWN = {
     "recurrent_memory": {"memory_tokens": 3},
     "sliding_window": {"window": 6, "sinks": 2},
 }
+BASELINE_CLASSES = {each[LlamaForCausalLM] for each in BASELINES.values()}
 SYSTEMS = ["segment", "sliding", "sink", *(name for name in BASELINES if name != "full")]
 
 
@@ -58,27 +58,21 @@ def trainer(model: Any, store: TokenStore, folder: Path, **settings: Any) -> Inf
     fixed = {"per_device_train_batch_size": ROWS, "logging_steps": 1, "report_to": "none", "use_cpu": True}
     fixed |= {"save_strategy": "no", "disable_tqdm": True, "carry_memory": True}
     args = InfiniTrainingArguments(output_dir=str(folder), **fixed | settings)
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    return InfiniTrainer(model=model, args=args, train_dataset=SplitWindows(store, LENGTH, rows, PARTS))
+    together = args.per_device_train_batch_size if type(model) in BASELINE_CLASSES else 1
+    data = SplitWindows(store, LENGTH, ROWS, PARTS, together=together)
+    return InfiniTrainer(model=model, args=args, train_dataset=data)
 
 
-def losses_of_the_whole(model: Any, data: SplitWindows) -> list[float]:
-    """Each step's mean loss where every row's window goes through the model in one piece."""
-
-    def tokens(step: int, name: str) -> Tensor:
-        items = [
-            data[number * data.rows + row] for number in range(step, step + PARTS) for row in range(ROWS)
-        ]
-        return torch.stack([item[name] for item in items]).view(PARTS, ROWS, LENGTH)
-
-    found = []
-    for step in range(0, data.steps, PARTS):
-        ids, labels = tokens(step, "input_ids"), tokens(step, "shift_labels")
-        logits = model(ids.transpose(0, 1).flatten(1), use_cache=False).logits.unflatten(1, (PARTS, LENGTH))
-        for part in range(PARTS):
-            each = F.cross_entropy(logits[:, part].flatten(0, 1), labels[part].flatten())
-            found.append(each.item())
-    return found
+def loss_of_whole_texts(model: Any, data: SplitWindows, step: int) -> float:
+    """The mean loss of a step where all that a row has read of its text goes through in one piece."""
+    logits, labels = [], []
+    for row in range(data.rows):
+        items = [data[number * data.rows + row] for number in range(step + 1)]
+        begin = max(number for number, item in enumerate(items) if item["starts_document"])
+        ids = torch.cat([item["input_ids"] for item in items[begin:]])
+        logits.append(model(ids[None], use_cache=False).logits[0, -LENGTH:])
+        labels.append(items[-1]["shift_labels"])
+    return F.cross_entropy(torch.cat(logits), torch.cat(labels)).item()
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
@@ -102,18 +96,18 @@ def test_a_step_goes_on_where_the_rows_stopped(
     with torch.enable_grad():
         training.train()
     logged = [entry["loss"] for entry in training.state.log_history if "loss" in entry]
-    assert logged == pytest.approx(losses_of_the_whole(model, training.train_dataset)[:6], abs=2e-4)
+    expected = [loss_of_whole_texts(model, training.train_dataset, step) for step in range(6)]
+    assert logged == pytest.approx(expected, abs=2e-4)
 
 
 @torch.no_grad()
 def test_what_is_carried_matters_here(store: TokenStore) -> None:
     for name in SYSTEMS:
-        model, data = make(name).train(), SplitWindows(store, LENGTH, ROWS, PARTS)
-        whole = losses_of_the_whole(model, data)
+        model, data = make(name).train(), SplitWindows(store, LENGTH, ROWS, PARTS, together=ROWS)
         second = [data[ROWS + row] for row in range(ROWS)]
         ids, labels = (torch.stack([item[key] for item in second]) for key in ("input_ids", "shift_labels"))
         alone = F.cross_entropy(model(ids, use_cache=False).logits.flatten(0, 1), labels.flatten())
-        assert abs(whole[1] - alone) > 5e-4, name
+        assert abs(loss_of_whole_texts(model, data, 1) - alone) > 5e-4, name
 
 
 def test_rows_of_a_baseline_start_afresh_together(store: TokenStore, tmp_path: Path) -> None:

@@ -100,27 +100,36 @@ class CarriedWindows(Dataset[dict[str, Tensor]]):
 class SplitWindows(Dataset[dict[str, Tensor]]):
     """Windows of which a step reads a part, of many documents: their memory is carried from part to part.
 
-    So many windows, of `parts * length` tokens, are read side by side, a part a step, and then as many
-    others: all rows' memories are emptied together. Windows are shuffled, anew for every epoch. Item
-    `step * rows + row` is what `row` reads in `step`: read the items in their order, `rows` at a time.
+    Each row of the batch goes through windows of `parts * length` tokens, a part a step. Rows begin their
+    windows at different steps, so that each step has some that begin one: an epoch starts in the midst of
+    most rows' first window, whose beginning is read last. Windows are shuffled and dealt anew for every
+    epoch. Item `step * rows + row` is what `row` reads in `step`: read the items in their order, `rows` at a
+    time.
 
-    Items are those of `CarriedWindows`. The last rows are filled with windows that have nothing to predict.
+    Items are those of `CarriedWindows`. Rows that have fewer windows are filled with such that have nothing
+    to predict.
 
     Args:
         store: the documents' tokens.
         length: tokens a part.
         rows: of a whole step, over all processes and all batches that are accumulated.
         parts: of a window.
+        together: so many rows, side by side, begin their windows at the same steps.
         seed: of the shuffle.
 
     Raises:
-        ValueError: length, rows or parts below 1.
+        ValueError: length, rows or parts below 1, or `together` not from 1 to `rows`.
     """
 
-    def __init__(self, store: TokenStore, length: int, rows: int, parts: int, *, seed: int = 0) -> None:
+    def __init__(
+        self, store: TokenStore, length: int, rows: int, parts: int, *, together: int = 1, seed: int = 0
+    ) -> None:
         if length < 1 or rows < 1 or parts < 1:
             raise ValueError(f"length is {length}, rows {rows} and parts {parts}; give at least 1 of each")
-        self.store, self.length, self.rows, self.parts, self.seed = store, length, rows, parts, seed
+        if not 1 <= together <= rows:
+            raise ValueError(f"together is {together}, and there are {rows} rows; give from 1 to {rows}")
+        self.store, self.length, self.rows, self.parts = store, length, rows, parts
+        self.together, self.seed = together, seed
         self._ends = np.cumsum(-(-np.maximum(store.lengths - 1, 0) // (parts * length)))
         self.steps = -(-int(self._ends[-1]) // rows) * parts
         self.set_epoch(0)
@@ -136,14 +145,16 @@ class SplitWindows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """What row `index % rows` reads in step `index // rows`."""
         step, row = divmod(range(len(self))[index], self.rows)
-        batch, part = divmod(step, self.parts)
-        place = batch * self.rows + row
+        first = row - row % self.together  # of those that begin with this one
+        ahead = first * self.parts // self.rows
+        turn, part = divmod((step + ahead) % self.steps, self.parts)
+        place = turn * self.rows + row
         if place >= len(self._order):
             item = _nothing(self.length)
         else:
             document, number = _find(self._ends, self._order[place])
             item = _window(self.store, document, (number * self.parts + part) * self.length, self.length)
-        return item | {"starts_document": torch.tensor(part == 0)}
+        return item | {"starts_document": torch.tensor(part == 0 or step == 0)}
 
 
 class PackedDocuments(Dataset[dict[str, Tensor]]):

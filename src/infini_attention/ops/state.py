@@ -239,12 +239,13 @@ class MemoryState:
         return self._map(kept)._trimmed()
 
     def recounted(self) -> "MemoryState":
-        """The same state after fewer tokens: those of the open segment, and one whole one if any was.
+        """The state after the fewest tokens of which the next ones know no more: what comes is the same.
 
-        What comes next is the same; the number of states of a training that differ in `length` is small.
+        Those of the open segment; and one whole segment, if any was, where its end says what tokens see
+        outside their own: whether the memory is empty is read in the memory itself.
         """
-        size = self.segment_length
-        return replace(self, length=self.length % size + size * (self.length >= size))
+        size, context = self.segment_length, self.context_tokens > 0
+        return replace(self, length=self.length % size + size * (self.length >= size) * context)
 
     def detach(self) -> "MemoryState":
         """The same values, cut off from the graph that made them."""

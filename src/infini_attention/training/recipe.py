@@ -205,8 +205,10 @@ class DataRecipe:
         validation: Documents to measure the loss on after training.
         tokenizer: The base's by default; bytes for UTF-8 bytes, or the name of a model.
         length: Tokens a row.
-        carried_length: Where training.carry_memory is set: tokens, a multiple of `length`, after which all
-            rows start afresh with other windows of documents; default each at the end of its document.
+        carried_length: Where training.carry_memory is set: tokens, a multiple of `length`, after which a row
+            starts afresh with another window of a document; default at the end of its document.
+        carried_together: All rows then start afresh at the same steps, which is worse; else at different
+            ones, those of a baseline by batches that are accumulated or of several processes.
         pack: Whole documents, or pieces of at most `length` tokens, are packed into one row a process, each
             with its own memory; else rows are windows of one document.
         shards: Folder for tokens, which are made once.
@@ -222,6 +224,7 @@ class DataRecipe:
     tokenizer: str | None = None
     length: int = 32_768
     carried_length: int | None = None
+    carried_together: bool = False
     pack: bool = False
     shards: Path = Path("out/tokens")
     copy_task: CopyTaskRecipe | None = None
@@ -294,6 +297,8 @@ class Recipe:
             )
         if data.carried_length is not None:
             self._check_carried_length(data.carried_length)
+        elif data.carried_together:
+            raise ValueError("data.carried_together is set without data.carried_length; set both, or neither")
         if data.more_documents and self.training.carry_memory:
             raise ValueError(
                 "data.more_documents and training.carry_memory exclude each other: a memory is carried "
@@ -356,7 +361,7 @@ class Recipe:
 
     def _refuse_settings_of_documents(self) -> None:
         """Raise ValueError for what a task that makes its own rows would not use."""
-        names = ["more_documents", "validation", "length", "carried_length", "pack"]
+        names = ["more_documents", "validation", "length", "carried_length", "carried_together", "pack"]
         names += ["tokenizer"] * self.data.makes_tokens
         given = [name for name in names if getattr(self.data, name) != getattr(DataRecipe(), name)]
         if given:
