@@ -279,6 +279,13 @@ def test_a_training_of_another_kind_makes_another_system_of_a_model(
     for more, name in (([], "Infini delta, gates from -2, stopped gradient"), (["--system", "ours"], "ours")):
         main([*command, *more])
         assert json.loads(capsys.readouterr().out)["setting"]["system"] == name
+    for told, name in (
+        ({"carried_through": "documents"}, "Infini delta, carried through documents"),
+        ({"carried_through": 64, "carried_together": True}, "Infini delta, carried through 64, together"),
+    ):
+        (tmp_path / "summary.json").write_text(json.dumps({"steps": 3} | told))
+        main(command)
+        assert json.loads(capsys.readouterr().out)["setting"]["system"] == name
 
 
 def test_the_command_reads_with_a_window_in_place_of_a_memory(

@@ -78,6 +78,21 @@ def test_forgotten_rows_start_afresh_and_the_others_go_on(local_attention: str) 
     assert state.forget(torch.tensor([False] * 3)) is state
 
 
+@pytest.mark.parametrize("lengths", [[10, 7, 3], [8, 12, 4], [0, 21, 4]])
+def test_what_comes_after_fewer_tokens_is_the_same(lengths: list[int], local_attention: str) -> None:
+    settings = {"segment_length": 4, "update_rule": "delta", "local_attention": local_attention}
+    state = run(make_case(lengths, **settings), backend="parallel")[1]
+    recounted = state.recounted()
+    whole = 0 if local_attention == "segment" else 4  # else tokens see others before their segment
+    assert recounted.length.tolist() == [n % 4 + whole * (n >= 4) for n in lengths]
+    case = make_case([10, 10, 9], **settings)
+    for backend in ("reference", "parallel"):
+        expected, after = run(case, backend=backend, state=state)
+        output, again = run(case, backend=backend, state=recounted)
+        assert all(ours.equal(theirs) for ours, theirs in zip(output, expected, strict=True))
+        assert_states_equal(replace(again, length=after.length), after, tolerance=0.0)
+
+
 def test_joined_rows_go_on_as_they_would_alone(local_attention: str) -> None:
     """Rows whose open segments differ: 2, 3 and 0 tokens."""
     whole = filled([10, 7, 8], local_attention=local_attention)

@@ -44,10 +44,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
     return tokenized(Documents(f"{folder}/*.txt"), byte_tokenizer(), folder / "tokens")
 
 
-def make(name: str) -> Any:
+def make(name: str, **sizes: int) -> Any:
     torch.manual_seed(0)
     if name not in BASELINES:
-        base = LlamaForCausalLM(LlamaConfig(**SIZES))
+        base = LlamaForCausalLM(LlamaConfig(**SIZES | sizes))
         settings = {"update_rule": "delta", "local_attention": name, "sink_tokens": 2, "gate_init": 1.0}
         return retrofit(base, segment_length=SEGMENT, **settings)
     model_class = BASELINES[name][LlamaForCausalLM]
@@ -125,3 +125,20 @@ def test_what_cannot_be_carried_is_refused(store: TokenStore, tmp_path: Path) ->
     training.train_dataset = Windows(store, LENGTH)
     with pytest.raises(ValueError, match="the batch has no starts_document"):
         training.train()
+
+
+def test_compiled_layers_are_compiled_for_no_step_and_no_layer_in_particular(
+    store: TokenStore, tmp_path: Path
+) -> None:
+    graphs = []
+    for settings in ({"num_hidden_layers": 2, "max_steps": 3}, {"num_hidden_layers": 5, "max_steps": 7}):
+        torch._dynamo.reset()
+        counters = torch._dynamo.utils.counters
+        counters.clear()
+        model = make("segment", num_hidden_layers=settings.pop("num_hidden_layers"))
+        training = trainer(
+            model, store, tmp_path, torch_compile=True, torch_compile_backend="eager", **settings
+        )
+        training.train()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0

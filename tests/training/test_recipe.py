@@ -337,6 +337,37 @@ def test_packing_and_what_it_excludes(tmp_path: Path) -> None:
         read_recipe(path, ["--training.least_segments=2"])
 
 
+def test_a_memory_is_carried_through_whole_rows_or_not_at_all(tmp_path: Path) -> None:
+    path, carries = write(tmp_path), "--training.carry_memory=true"
+    wrong = {
+        (
+            "--data.carried_length=128",
+        ): "data.carried_length is 128, and nothing is carried from step to step",
+        (carries, "--data.carried_length=40"): "data.carried_length is 40, no multiple of data.length, 64",
+        (carries, "--data.carried_length=0"): "data.carried_length is 0, no multiple of data.length, 64",
+        (carries, "--data.carried_together=true"): "carried_together is set without data.carried_length",
+    }
+    for options, words in wrong.items():
+        with pytest.raises(ValueError, match=words):
+            read_recipe(path, options)
+    (tmp_path / "xl").mkdir()
+    xl = write(tmp_path / "xl", model={"baseline": "transformer_xl"}, training={"carry_memory": True})
+    with pytest.raises(
+        ValueError, match=r"rows of model.baseline 'transformer_xl' start afresh together; set"
+    ):
+        read_recipe(xl)
+    through = ["--data.carried_length=128"]
+    for recipe, together in (
+        (read_recipe(path, [carries, *through]).recipe, 1),
+        (read_recipe(path, [carries, *through, "--data.carried_together=true"]).recipe, 8),
+        (read_recipe(path, [carries, *through, "--model.local_attention=sliding"]).recipe, 8),
+        (read_recipe(xl, [*through, "--training.gradient_accumulation_steps=2"]).recipe, 4),
+    ):
+        recipe.training.per_device_train_batch_size = 8 // recipe.training.gradient_accumulation_steps
+        rows = load_material(recipe).train
+        assert (rows.rows, rows.parts, rows.together) == (8, 2, together)
+
+
 def test_rows_of_all_sources_are_trained_on(tmp_path: Path) -> None:
     more = [{"source": f"{tmp_path}/texts/{name}.txt"} for name in ("three", "four")]
     one = {"source": f"{tmp_path}/texts/one.txt"}
@@ -415,11 +446,15 @@ def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
         train(reading.recipe, reading.text)
 
 
+CARRIED = {"length": 32, "carried_length": 64}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"data": {"pack": True}},
         {"training": {"carry_memory": True}},
+        {"training": {"carry_memory": True, "gradient_accumulation_steps": 2}, "data": CARRIED},
         {"training": {"least_segments": 2, "repeat_ceiling": 10.0, "curriculum_steps": 3}},
         {"training": {"checkpoint_segments": 1, "detach_every": 2, "gradient_accumulation_steps": 2}},
         {"training": {"optim": "adafactor", "observe_steps": 1}},
@@ -438,6 +473,8 @@ def test_every_way_to_train_ends_with_figures(tmp_path: Path, changes: dict[str,
     assert figures["steps"] == 6
     assert figures["validation_loss"] < 6
     assert figures.get("stop_gradient", False) == reading.recipe.training.stop_gradient
+    through = reading.recipe.data.carried_length or "documents"
+    assert figures.get("carried_through") == (through if reading.recipe.training.carry_memory else None)
     assert figures.get("gate_init") == (-2.0 if changes == {"model": {"gate_init": -2.0}} else None)
     without = not reading.recipe.model.memory
     assert (figures["gate_max"] == 0) == without

@@ -352,6 +352,9 @@ def _system(model: Any, trained: dict[str, Any] | None) -> str:
         names.append(f"gates from {trained['gate_init']:g}")
     if trained.get("stop_gradient"):
         names.append("stopped gradient")
+    if trained.get("carried_through"):
+        together = ", together" if trained.get("carried_together") else ""
+        names.append(f"carried through {trained['carried_through']}{together}")
     return ", ".join(names)
 
 

@@ -294,7 +294,7 @@ def _check(reports: dict[Path, PerplexityReport]) -> None:
 def _made(report: PerplexityReport) -> dict[tuple[str, str], Any]:
     """What is the same for all seeds of a system on some documents ("" for any), as far as files tell."""
     setting, trained = report.setting, report.trained or {}
-    names = ("steps", "learning_rate", "gate_learning_rate", "row_tokens")
+    names = ("steps", "learning_rate", "gate_learning_rate", "row_tokens", "carried_through")
     of_documents = {"parameters": setting.parameters} | {name: trained.get(name) for name in names}
     of_any = {"segment_length": setting.segment_length, "memory_off": setting.memory_off}
     made = {(setting.documents, what): value for what, value in of_documents.items() if value is not None}
@@ -302,4 +302,4 @@ def _made(report: PerplexityReport) -> dict[tuple[str, str], Any]:
 
 
 def _text(value: Any) -> str:
-    return str(value) if isinstance(value, bool) else f"{value:,}"
+    return str(value) if isinstance(value, bool | str) else f"{value:,}"

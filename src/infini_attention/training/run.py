@@ -99,6 +99,10 @@ def _untold(recipe: Recipe) -> dict[str, Any]:
         told["gate_learning_rate"] = args.gate_learning_rate
     if data.documents is not None:
         told["row_tokens"] = data.length
+    if args.carry_memory:
+        told["carried_through"] = data.carried_length or "documents"
+    if data.carried_together:
+        told["carried_together"] = True
     if args.stop_gradient:
         told["stop_gradient"] = True
     if model.memory and model.gate_init not in (None, model.usual_gate_init):
