@@ -15,6 +15,7 @@ from infini_attention.data.shards import TokenStore, tokenized
 from infini_attention.data.tokenizers import byte_tokenizer
 from infini_attention.data.windows import CarriedWindows, SplitWindows, Windows
 from infini_attention.models import retrofit
+from infini_attention.models.config import InfiniConfigMixin
 from infini_attention.training.arguments import InfiniTrainingArguments
 from infini_attention.training.trainer import InfiniTrainer
 
@@ -32,7 +33,6 @@ OWN = {
     "recurrent_memory": {"memory_tokens": 3},
     "sliding_window": {"window": 6, "sinks": 2},
 }
-BASELINE_CLASSES = {each[LlamaForCausalLM] for each in BASELINES.values()}
 SYSTEMS = ["segment", "sliding", "sink", *(name for name in BASELINES if name != "full")]
 
 
@@ -58,7 +58,7 @@ def trainer(model: Any, store: TokenStore, folder: Path, **settings: Any) -> Inf
     fixed = {"per_device_train_batch_size": ROWS, "logging_steps": 1, "report_to": "none", "use_cpu": True}
     fixed |= {"save_strategy": "no", "disable_tqdm": True, "carry_memory": True}
     args = InfiniTrainingArguments(output_dir=str(folder), **fixed | settings)
-    together = args.per_device_train_batch_size if type(model) in BASELINE_CLASSES else 1
+    together = 1 if isinstance(model.config, InfiniConfigMixin) else args.per_device_train_batch_size
     data = SplitWindows(store, LENGTH, ROWS, PARTS, together=together)
     return InfiniTrainer(model=model, args=args, train_dataset=data)
 
@@ -70,9 +70,9 @@ def loss_of_whole_texts(model: Any, data: SplitWindows, step: int) -> float:
         items = [data[number * data.rows + row] for number in range(step + 1)]
         begin = max(number for number, item in enumerate(items) if item["starts_document"])
         ids = torch.cat([item["input_ids"] for item in items[begin:]])
-        logits.append(model(ids[None], use_cache=False).logits[0, -LENGTH:])
+        logits.append(model(ids[None], use_cache=False).logits[0, -data.length :])
         labels.append(items[-1]["shift_labels"])
-    return F.cross_entropy(torch.cat(logits), torch.cat(labels)).item()
+    return F.cross_entropy(torch.cat(logits), torch.cat(labels)).nan_to_num().item()  # 0 for no labels
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
@@ -87,7 +87,7 @@ def test_a_step_goes_on_where_the_rows_stopped(
         model,
         store,
         tmp_path,
-        max_steps=6,
+        max_steps=18,
         learning_rate=0.0,
         gate_learning_rate=0.0,
         weight_decay=0.0,
@@ -96,8 +96,25 @@ def test_a_step_goes_on_where_the_rows_stopped(
     with torch.enable_grad():
         training.train()
     logged = [entry["loss"] for entry in training.state.log_history if "loss" in entry]
-    expected = [loss_of_whole_texts(model, training.train_dataset, step) for step in range(6)]
-    assert logged == pytest.approx(expected, abs=2e-4)
+    expected, data = [], training.train_dataset
+    for epoch in (0, 1):
+        data.set_epoch(epoch)
+        expected += [loss_of_whole_texts(model, data, step) for step in range(data.steps)]
+    assert logged == pytest.approx(expected, abs=1e-5) and len(logged) == 18
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_what_is_carried_is_in_checkpoints(name: str, store: TokenStore, tmp_path: Path) -> None:
+    def losses(resumed: bool) -> dict[int, float]:
+        sizes = {"per_device_train_batch_size": ROWS // 2, "gradient_accumulation_steps": 2, "max_steps": 13}
+        training = trainer(make(name), store, tmp_path, save_strategy="steps", save_steps=10, **sizes)
+        assert training.train_dataset.steps == 9  # the checkpoint is of the second epoch
+        training.train(str(tmp_path / "checkpoint-10") if resumed else None)
+        return {entry["step"]: entry["loss"] for entry in training.state.log_history if "loss" in entry}
+
+    whole = losses(resumed=False)
+    assert len(whole) == 13
+    assert losses(resumed=True) == whole
 
 
 @torch.no_grad()
@@ -108,6 +125,46 @@ def test_what_is_carried_matters_here(store: TokenStore) -> None:
         ids, labels = (torch.stack([item[key] for item in second]) for key in ("input_ids", "shift_labels"))
         alone = F.cross_entropy(model(ids, use_cache=False).logits.flatten(0, 1), labels.flatten())
         assert abs(loss_of_whole_texts(model, data, 1) - alone) > 5e-4, name
+
+
+def test_a_step_with_nothing_to_predict_costs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("three short tales")
+    short = tokenized(Documents(f"{tmp_path}/short.txt"), byte_tokenizer(), tmp_path / "tokens")
+    training = trainer(
+        make("segment"), short, tmp_path / "run", max_steps=3, per_device_train_batch_size=ROWS
+    )
+    training.train_dataset = SplitWindows(short, LENGTH, ROWS, PARTS + 1, together=ROWS)
+    training.train()
+    losses = [entry["loss"] for entry in training.state.log_history if "loss" in entry]
+    assert losses[0] > 0 and losses[1] > 0 and losses[2] == 0
+
+
+def test_a_dataset_of_other_rows_than_a_step_reads_is_refused(store: TokenStore, tmp_path: Path) -> None:
+    training = trainer(make("segment"), store, tmp_path, gradient_accumulation_steps=2)
+    training.train_dataset = CarriedWindows(store, LENGTH, ROWS)
+    with pytest.raises(ValueError, match=r"has 4 rows, and a step reads 8: 4 a batch, 2 accumulated, 1 proc"):
+        training.train()
+    with pytest.raises(ValueError, match="carry_memory and dataloader_persistent_workers are set"):
+        trainer(make("segment"), store, tmp_path, dataloader_persistent_workers=True)
+
+
+def test_adapters_around_a_model_are_no_hindrance(store: TokenStore, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(make("transformer_xl"), peft.LoraConfig(target_modules=["q_proj"]))
+    training = trainer(adapted, store, tmp_path, max_steps=2)
+    training.train()
+    assert len(training.state.log_history) >= 2
+
+
+def test_memory_vectors_come_with_the_first_whole_segment(store: TokenStore, tmp_path: Path) -> None:
+    model = make("recurrent_memory").train()
+    training = trainer(model, store, tmp_path, max_steps=5, learning_rate=0.0, weight_decay=0.0)
+    training.train_dataset = data = SplitWindows(store, 2, ROWS, 5, together=ROWS)
+    training.train()
+    logged = [entry["loss"] for entry in training.state.log_history if "loss" in entry]
+    with torch.no_grad():
+        expected = [loss_of_whole_texts(model, data, step) for step in range(5)]
+    assert logged == pytest.approx(expected, abs=1e-5)
 
 
 def test_rows_of_a_baseline_start_afresh_together(store: TokenStore, tmp_path: Path) -> None:

@@ -343,8 +343,8 @@ def test_a_memory_is_carried_through_whole_rows_or_not_at_all(tmp_path: Path) ->
         (
             "--data.carried_length=128",
         ): "data.carried_length is 128, and nothing is carried from step to step",
-        (carries, "--data.carried_length=40"): "data.carried_length is 40, no multiple of data.length, 64",
-        (carries, "--data.carried_length=0"): "data.carried_length is 0, no multiple of data.length, 64",
+        (carries, "--data.carried_length=160"): "data.carried_length is 160; give twice data.length, 64",
+        (carries, "--data.carried_length=64"): "data.carried_length is 64; give twice data.length, 64, or",
         (carries, "--data.carried_together=true"): "carried_together is set without data.carried_length",
     }
     for options, words in wrong.items():
@@ -364,8 +364,19 @@ def test_a_memory_is_carried_through_whole_rows_or_not_at_all(tmp_path: Path) ->
         (read_recipe(xl, [*through, "--training.gradient_accumulation_steps=2"]).recipe, 4),
     ):
         recipe.training.per_device_train_batch_size = 8 // recipe.training.gradient_accumulation_steps
-        rows = load_material(recipe).train
+        material = load_material(recipe)
+        rows = material.train
         assert (rows.rows, rows.parts, rows.together) == (8, 2, together)
+        assert len(material.validation[0]["input_ids"]) == 128
+    copy = ["--training.carry_memory=true", "--training.observe_steps=0"]
+    for more in (
+        [],
+        ["--model.baseline=transformer_xl", "--model.feature_map=elu1", "--model.gate_init=null"],
+    ):
+        with pytest.raises(
+            ValueError, match="carry_memory is set, and each row of a task is a whole by itself"
+        ):
+            read_recipe(COPY, [*copy, *more])
 
 
 def test_rows_of_all_sources_are_trained_on(tmp_path: Path) -> None:

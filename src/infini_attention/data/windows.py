@@ -101,8 +101,8 @@ class SplitWindows(Dataset[dict[str, Tensor]]):
     """Windows of which a step reads a part, of many documents: their memory is carried from part to part.
 
     Each row of the batch goes through windows of `parts * length` tokens, a part a step. Rows begin their
-    windows at different steps, so that each step has some that begin one: an epoch starts in the midst of
-    most rows' first window, whose beginning is read last. Windows are shuffled and dealt anew for every
+    windows at different steps, as evenly as can be: an epoch starts in the midst of most rows' first window,
+    whose beginning is read last. Windows are shuffled and dealt anew for every
     epoch. Item `step * rows + row` is what `row` reads in `step`: read the items in their order, `rows` at a
     time.
 

@@ -24,6 +24,14 @@ from infini_attention.evaluation.document_perplexity import (
 from infini_attention.evaluation.estimates import Interval, ratio
 from infini_attention.evaluation.result_files import plain
 
+OF_TRAINING = (  # what seeds have in common
+    "steps",
+    "learning_rate",
+    "gate_learning_rate",
+    "row_tokens",
+    "carried_through",
+    "carried_together",
+)
 CALLED_OTHERWISE = "call one of them otherwise, as NAME=FILE"  # where two files of a name are no seeds
 
 
@@ -294,8 +302,7 @@ def _check(reports: dict[Path, PerplexityReport]) -> None:
 def _made(report: PerplexityReport) -> dict[tuple[str, str], Any]:
     """What is the same for all seeds of a system on some documents ("" for any), as far as files tell."""
     setting, trained = report.setting, report.trained or {}
-    names = ("steps", "learning_rate", "gate_learning_rate", "row_tokens", "carried_through")
-    of_documents = {"parameters": setting.parameters} | {name: trained.get(name) for name in names}
+    of_documents = {"parameters": setting.parameters} | {name: trained.get(name) for name in OF_TRAINING}
     of_any = {"segment_length": setting.segment_length, "memory_off": setting.memory_off}
     made = {(setting.documents, what): value for what, value in of_documents.items() if value is not None}
     return made | {("", what): value for what, value in of_any.items()}

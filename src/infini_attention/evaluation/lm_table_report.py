@@ -36,7 +36,8 @@ def plot(table: LmTable, path: Path) -> None:
     from matplotlib.figure import Figure
 
     count = len(table.documents)
-    figure = Figure(figsize=(4 + 4.6 * count, 7.5), layout="constrained")
+    # Names can be longer than a panel is wide: they stand below, and make the figure taller instead.
+    figure = Figure(figsize=(3 + 4.6 * count, 7.5 + 0.23 * len(table.rows)), layout="constrained")
     panels = figure.subplots(2, count, sharex="col", squeeze=False, height_ratios=(3, 2))
     for column, documents in enumerate(table.documents):
         above, below = panels[:, column]
@@ -57,7 +58,7 @@ def plot(table: LmTable, path: Path) -> None:
     for axes in panels[0]:
         handles, labels = axes.get_legend_handles_labels()
         drawn |= dict(zip(labels, handles, strict=True))
-    figure.legend(drawn.values(), drawn, loc="outside right upper", frameon=False, handlelength=3)
+    figure.legend(drawn.values(), drawn, loc="outside lower left", frameon=False, handlelength=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

@@ -36,14 +36,16 @@ class InfiniTrainingArguments(TrainingArguments):
         detach_every: gradients do not flow through the memory past every so many segments; None for never.
         stop_gradient: what memory is to hold, and what later segments see, teaches each layer's key and
             value projections, and not the layers below, as in Transformer-XL.
-        carry_memory: the memory goes on from step to step, row by row, and starts afresh where a row's
-            `starts_document` says so; see `infini_attention.data.windows.CarriedWindows`.
+        carry_memory: the memory, or what a baseline carries, goes on from step to step, row by row, and
+            starts afresh where a row's `starts_document` says so; gradients do not. See `CarriedWindows` and
+            `SplitWindows` of `infini_attention.data.windows`.
         context_parallel_size: so many processes share each sequence, a run of whole segments each.
         cuda_graphs: forward and backward of each shape of batch are captured as a CUDA graph once and then
             replayed, for small models that wait for the host; on one GPU. On a CPU there is nothing to
             capture, and steps run as ever. `torch_compile` (transformers' own; here layer by layer) fuses
-            kernels before that; it is for rows of one length that go through whole: each number of segments,
-            each run of `carry_memory` and packed documents would be compiled anew.
+            kernels before that; it is for rows of one length that go through whole, and are whole segments
+            where a memory is carried: each number of segments, each way that open segments differ and packed
+            documents would be compiled anew.
         ema_decay: at the end the weights are their exponential moving average over some 1 / (1 - ema_decay)
             steps, as are then those that are measured and saved; checkpoints keep both. None for the last
             step's weights. See `training.averaging`.
@@ -116,6 +118,11 @@ class InfiniTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"carry_memory is set and least_segments is {self.least_segments}: what is cut off would be "
                 "missing from the document; leave one of them out"
+            )
+        if self.carry_memory and self.dataloader_persistent_workers:
+            raise ValueError(
+                "carry_memory and dataloader_persistent_workers are set, and workers that live on would deal "
+                "rows of all epochs like those of the first; leave the latter out"
             )
         if self.context_parallel_size < 1 or self.world_size % self.context_parallel_size:
             raise ValueError(

@@ -24,7 +24,8 @@ class CarriedMemory:
     """The states of a batch's rows between two steps, without the graphs that made them."""
 
     def __init__(self) -> None:
-        self._carried: list[tuple[Any, int]] = []  # of each layer, and how many tokens its cache had seen
+        # Of each layer, if it has anything yet, and how many tokens its cache had seen.
+        self._carried: list[tuple[Any, int]] = []
 
     def cache(self, model: Any, starts: Tensor | None) -> InfiniCache:
         """A cache that goes on from the last step; rows start afresh where `starts`, (rows,) bool, says so.
@@ -41,7 +42,7 @@ class CarriedMemory:
         starts = starts.cpu()
         if not self._carried:
             return cache
-        rows = self._carried[0][0].batch_size
+        rows = next(state for state, _ in self._carried if state is not None).batch_size
         if len(starts) != rows:
             raise ValueError(
                 f"the batch has {len(starts)} rows, the memory carried to it {rows}; "
@@ -57,23 +58,28 @@ class CarriedMemory:
     def keep(self, cache: InfiniCache) -> None:
         """Take over the states after a step."""
         layers: list[Any] = cache.layers
-        self._carried = [_kept(layer.state.detach(), layer.seen) for layer in layers]
+        self._carried = [_kept(layer.state, layer.seen) for layer in layers]
 
     def save(self) -> list[tuple[str, dict[str, Any], int]]:
         """What `load` takes: tensors, numbers and names only."""
-        return [(type(state).__name__, asdict(state), seen) for state, seen in self._carried]
+        return [
+            ("", {}, seen) if state is None else (type(state).__name__, asdict(state), seen)
+            for state, seen in self._carried
+        ]
 
     def load(self, saved: list[tuple[str, dict[str, Any], int]], device: torch.device) -> None:
         """Go on, on `device`, from what `save` gave."""
-        self._carried = [(STATES[name](**fields).to(device), seen) for name, fields, seen in saved]
+        self._carried = [
+            (STATES[name](**fields).to(device) if name else None, seen) for name, fields, seen in saved
+        ]
 
 
 def _empty_cache(model: Any) -> InfiniCache:
     config: Any = model.config
     if isinstance(config, InfiniConfigMixin):
         config.check_every_layer_has_memory()
-        return InfiniCache(config)
-    make = getattr(model.base_model, "cache_class", None)
+    # Of the decoder, which adapters wrap.
+    make = next((each.cache_class for each in model.modules() if hasattr(each, "cache_class")), None)
     cache: InfiniCache | None = None if make is None else make(config)
     if cache is None or not cache.layers or not isinstance(cache.layers[0], InfiniCacheLayer):
         raise ValueError(
@@ -85,12 +91,16 @@ def _empty_cache(model: Any) -> InfiniCache:
 
 def _kept(state: Any, seen: int) -> tuple[Any, int]:
     """A state and its cache's count of tokens; a memory has its own, and masks are of one batch alone."""
-    return (state.recounted(), 0) if isinstance(state, MemoryState) else (state, seen)
+    if state is None:
+        return None, seen
+    if isinstance(state, MemoryState):
+        return state.detach().recounted(), 0
+    return state.detach(), seen
 
 
 def _without(state: Any, starts: Tensor) -> Any:
     """The state without what it has of rows that start afresh, (rows,) bool."""
-    if not bool(starts.any()):
+    if state is None or not bool(starts.any()):
         return state
     if not isinstance(state, MemoryState):
         raise ValueError(

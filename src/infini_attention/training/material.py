@@ -64,7 +64,8 @@ def load_material(recipe: Recipe) -> Material:
         sources = [data.documents, *data.more_documents]
         stores = [tokenized(each, tokenizer, data.shards) for each in sources]
         if data.validation is not None:
-            held_out = _single_rows(tokenized(data.validation, tokenizer, data.shards), data)
+            whole = replace(data, length=data.carried_length or data.length)
+            held_out = _single_rows(tokenized(data.validation, tokenizer, data.shards), whole)
     collator = DataCollatorWithFlattening() if data.pack else default_data_collator
     rows = _rows(stores, recipe)
     return Material(rows, held_out, "validation_loss", len(tokenizer), tokenizer, collator)

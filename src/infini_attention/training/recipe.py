@@ -202,14 +202,15 @@ class DataRecipe:
     Attributes:
         documents: To train on.
         more_documents: Further sources; rows of all are drawn alike, so that each has the share of its size.
-        validation: Documents to measure the loss on after training.
+        validation: Documents to measure the loss on after training, in rows of `carried_length` tokens if
+            that is set, else of `length`.
         tokenizer: The base's by default; bytes for UTF-8 bytes, or the name of a model.
         length: Tokens a row.
         carried_length: Where training.carry_memory is set: tokens, a multiple of `length`, after which a row
             starts afresh with another window of a document; default at the end of its document.
-        carried_together: All rows then start afresh at the same steps, which is worse; else at different
-            ones, those of a baseline, of sliding attention and of sinks by batches, of which several make a
-            step where they are accumulated or of several processes.
+        carried_together: All rows then start afresh at the same steps; else at different ones, those of a
+            baseline, of sliding attention and of sinks by batches, of which several make a step where they
+            are accumulated or of several processes.
         pack: Whole documents, or pieces of at most `length` tokens, are packed into one row a process, each
             with its own memory; else rows are windows of one document.
         shards: Folder for tokens, which are made once.
@@ -287,10 +288,10 @@ class Recipe:
                 f"model.local_attention {model.local_attention!r} tokens see keys that another process "
                 "holds; leave one out"
             )
-        if model.baseline is not None:
-            self._refuse_settings_of_memories()
         if data.documents is None:
             self._refuse_settings_of_documents()
+        if model.baseline is not None:
+            self._refuse_settings_of_memories()
         if data.pack and self.training.least_segments is not None:
             raise ValueError(
                 "data.pack and training.least_segments exclude each other: documents have their own lengths; "
@@ -315,9 +316,10 @@ class Recipe:
                 f"data.carried_length is {tokens}, and nothing is carried from step to step; set "
                 "training.carry_memory"
             )
-        if tokens < 1 or tokens % self.data.length:
+        if tokens < 2 * self.data.length or tokens % self.data.length:
             raise ValueError(
-                f"data.carried_length is {tokens}, no multiple of data.length, {self.data.length}; choose one"
+                f"data.carried_length is {tokens}; give twice data.length, {self.data.length}, or another "
+                "multiple of it"
             )
 
     def _refuse_cuts(self, source: str) -> None:
@@ -365,6 +367,11 @@ class Recipe:
         names = ["more_documents", "validation", "length", "carried_length", "carried_together", "pack"]
         names += ["tokenizer"] * self.data.makes_tokens
         given = [name for name in names if getattr(self.data, name) != getattr(DataRecipe(), name)]
+        if self.training.carry_memory:
+            raise ValueError(
+                "training.carry_memory is set, and each row of a task is a whole by itself; leave it out, or "
+                "give data.documents"
+            )
         if given:
             raise ValueError(
                 f"data.{', data.'.join(given)} belong to documents, and there are none; leave them out"

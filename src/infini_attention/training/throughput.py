@@ -32,7 +32,8 @@ class Throughput:
     """Counts tokens between two logs; the first batch starts the clock and is not counted.
 
     Figures are of this process and its device, and time is all time, evaluations and checkpoints included.
-    Work that is done twice to save memory counts once, as is the custom.
+    Work that is done twice to save memory counts once, as is the custom; keys that were carried from earlier
+    steps are not counted.
 
     Args:
         model: an `infini_*` language model, or a baseline.

@@ -212,7 +212,7 @@ class InfiniTrainer(Trainer):
         count = torch.stack([predicted(batch) for batch in batches]).sum().to(device)
         count = self.accelerator.reduce(count) // self.args.context_parallel_size
         self.cost.count(count)
-        return batches, count
+        return batches, count.clamp(min=1)  # by which is divided, also where rows have come to their end
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -381,8 +381,20 @@ class InfiniTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.carry_memory:
             dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+            self._check_rows(getattr(dataset, "rows", None))
             return SequentialSampler(dataset)
         return super()._get_train_sampler(train_dataset)
+
+    def _check_rows(self, rows: int | None) -> None:
+        """Raise ValueError where a step would not read one part of each of the dataset's rows."""
+        args = self.args
+        read = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if rows is not None and rows != read:
+            raise ValueError(
+                f"the dataset has {rows} rows, and a step reads {read}: {args.train_batch_size} a batch, "
+                f"{args.gradient_accumulation_steps} accumulated, {args.world_size} processes; make it with "
+                f"rows={read}"
+            )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -443,8 +455,9 @@ class InfiniTrainer(Trainer):
             path = Path(checkpoint) / self._own_state_name
             state = torch.load(path, map_location="cpu", weights_only=True)
             self._random.set_state(state["random"])
-            for carried, saved in zip(self._carried, state["carried"], strict=True):
-                carried.load(saved, self.args.device)
+            if self.args.carry_memory:
+                for carried, saved in zip(self._carried, state["carried"], strict=True):
+                    carried.load(saved, self.args.device)
             self.cost.load(state.get("cost", {}))
             if self._average is not None:
                 self._average.load(state["average"])
