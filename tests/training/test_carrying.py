@@ -15,8 +15,10 @@ from infini_attention.data.shards import TokenStore, tokenized
 from infini_attention.data.tokenizers import byte_tokenizer
 from infini_attention.data.windows import CarriedWindows, SplitWindows, Windows
 from infini_attention.models import retrofit
+from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.models.config import InfiniConfigMixin
 from infini_attention.training.arguments import InfiniTrainingArguments
+from infini_attention.training.carrying import CarriedMemory
 from infini_attention.training.trainer import InfiniTrainer
 
 SEGMENT, LENGTH, PARTS, ROWS = 4, 8, 3, 4
@@ -125,6 +127,26 @@ def test_what_is_carried_matters_here(store: TokenStore) -> None:
         ids, labels = (torch.stack([item[key] for item in second]) for key in ("input_ids", "shift_labels"))
         alone = F.cross_entropy(model(ids, use_cache=False).logits.flatten(0, 1), labels.flatten())
         assert abs(loss_of_whole_texts(model, data, 1) - alone) > 5e-4, name
+
+
+@pytest.mark.parametrize("name", ["transformer_xl", "memorizing"])
+def test_a_carried_cache_teaches_its_projections_as_within_a_row(name: str) -> None:
+    """SG(h) is what is carried: keys and values of it are made by the weights of the step that sees them."""
+    model = make(name).train()
+    first, second = torch.randint(0, 384, (2, ROWS, SEGMENT), generator=torch.Generator().manual_seed(0))
+    carried, fresh = CarriedMemory(), torch.ones(ROWS, dtype=torch.bool)
+    cache = carried.cache(model, fresh)
+    model(first, use_cache=False, **{CACHE_ARGUMENT: cache})
+    carried.keep(cache)
+    gradients = []
+    for ids, before in ((second, carried.cache(model, ~fresh)), (torch.cat([first, second], dim=1), None)):
+        logits = model(ids, use_cache=False, **{CACHE_ARGUMENT: before}).logits[:, -SEGMENT:-1]
+        F.cross_entropy(logits.flatten(0, 1), second[:, 1:].flatten()).backward()
+        gradients.append({key: x.grad for key, x in model.named_parameters() if x.grad is not None})
+        model.zero_grad()
+    assert {*gradients[0]} == {*gradients[1]} and any("k_proj" in key for key in gradients[0])
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][key], rtol=1e-4, atol=1e-6, msg=key)
 
 
 def test_a_step_with_nothing_to_predict_costs_nothing(tmp_path: Path) -> None:

@@ -46,11 +46,15 @@ class SegmentAttentionMixin(FamilyAttentionMixin):
         """
         query, key, value = self._project(hidden_states)
         layer = pop_cache(kwargs).layers[self.layer_idx]
-        before = self.state_class.before(key, value) if layer.state is None else layer.state
+        before = self.state_class.before(key, value) if layer.state is None else self.resumed(layer.state)
         state = before.extended(key, value)
         output = self.attend(query, state, position_embeddings, piece.mask)
         layer.advance(self.close(state, hidden_states) if piece.ends else state, piece.tokens)
         return self.o_proj(output.transpose(1, 2).flatten(2)), None
+
+    def resumed(self, state: Any) -> Any:
+        """A state that an earlier call has left, as this one reads it."""
+        return state
 
     def attend(self, query: Tensor, state: Any, rotation: Rotation, mask: Tensor | None) -> Tensor:
         """All heads' outputs, (batch, heads, new, head_dim), for a `query` of that shape, not rotated."""

@@ -26,8 +26,7 @@ from transformers import initialization
 from infini_attention.baselines.attention import SegmentAttentionMixin
 from infini_attention.baselines.config import BaselineConfigMixin
 from infini_attention.baselines.modeling import SegmentModelMixin
-from infini_attention.baselines.state import SegmentState
-from infini_attention.baselines.transformer_xl import TransformerXLAttentionMixin
+from infini_attention.baselines.transformer_xl import TransformerXLAttentionMixin, TransformerXLState
 from infini_attention.layers import MemoryGate
 from infini_attention.models.attention import Rotation
 from infini_attention.ops.options import autocast_type
@@ -97,8 +96,8 @@ class MemorizingConfigMixin(BaselineConfigMixin):
 
 
 @dataclass
-class MemorizingState(SegmentState):
-    """A SegmentState and the memory; both without gradient.
+class MemorizingState(TransformerXLState):
+    """A TransformerXLState and the memory; both without gradient.
 
     Attributes:
         memory_key: (batch, kv_heads, pairs, head_dim), of unit length.

@@ -34,6 +34,10 @@ class RowState:
         """The same values, cut off from the graph that made them."""
         return self._map(Tensor.detach)
 
+    def carried(self) -> Self:
+        """What goes on to the next step of a training, whose weights are others."""
+        return self.detach()
+
     def to(self, device: torch.device | str) -> Self:
         """The state on `device`."""
         return self._map(lambda tensor: tensor.to(device))
@@ -64,7 +68,12 @@ class SegmentState(RowState):
     @classmethod
     def before(cls, key: Tensor, value: Tensor) -> Self:
         """The state before the first of these tokens."""
-        return cls(*[_no_tokens(key), _no_tokens(value)] * (len(fields(cls)) // 2))
+        nothing = {
+            "key": _no_tokens(key),
+            "value": _no_tokens(value),
+            "hidden": key.new_empty(len(key), 0, 0),
+        }
+        return cls(**{field.name: nothing[field.name.rpartition("_")[2]] for field in fields(cls)})
 
     def extended(self, key: Tensor, value: Tensor) -> Self:
         """The state with more tokens in the open segment."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from infini_attention.baselines.attention import SegmentAttentionMixin
 from infini_attention.baselines.config import BaselineConfigMixin
+from infini_attention.baselines.state import SegmentState
 from infini_attention.ops.local import continued
 
 
@@ -42,8 +43,38 @@ class TransformerXLConfigMixin(BaselineConfigMixin):
         return self.mean_keys(length, lambda start: self.segment_length if start else 0)
 
 
+@dataclass
+class TransformerXLState(SegmentState):
+    """A SegmentState, and in training what the cached keys and values are made of.
+
+    Attributes:
+        cached_hidden: SG(h) of the whole segment before, (batch, tokens, hidden_size); no tokens where there
+            are no gradients to come, or where it came in several calls.
+    """
+
+    cached_hidden: Tensor
+
+    def carried(self) -> "TransformerXLState":
+        """SG(h) alone where it is there: the next step makes keys and values of it, by its own weights."""
+        state = self.detach()
+        if not state.cached_hidden.shape[1]:
+            return state
+        return replace(
+            state, cached_key=state.cached_key[:, :, :0], cached_value=state.cached_value[:, :, :0]
+        )
+
+
 class TransformerXLAttentionMixin(SegmentAttentionMixin):
     """Put before a family's attention class: attention over a segment and the one before it, cached whole."""
+
+    state_class: type[SegmentState] = TransformerXLState
+
+    def resumed(self, state: Any) -> Any:
+        """With keys and values where only SG(h) was carried."""
+        if not state.cached_hidden.shape[1] or state.cached_key.shape[2]:
+            return state
+        _, key, value = self._project(state.cached_hidden)
+        return replace(state, cached_key=key, cached_value=value)
 
     def close(self, state: Any, hidden_states: Tensor) -> Any:
         """The segment as the next one's cache, unless `config.local_cache` is False.
@@ -56,9 +87,12 @@ class TransformerXLAttentionMixin(SegmentAttentionMixin):
         if not self.config.stop_gradient:
             return replace(state.forgotten(), cached_key=state.key, cached_value=state.value)
         key, value = state.key.detach(), state.value.detach()
+        hidden = hidden_states.detach()
+        kept = hidden[:, :0]
         if torch.is_grad_enabled():
-            earlier = key.shape[2] - hidden_states.shape[1]
-            _, latest_key, latest_value = self._project(hidden_states.detach())
+            earlier = key.shape[2] - hidden.shape[1]
+            _, latest_key, latest_value = self._project(hidden)
             key = continued(key[:, :, :earlier], latest_key)
             value = continued(value[:, :, :earlier], latest_value)
-        return replace(state.forgotten(), cached_key=key, cached_value=value)
+            kept = kept if earlier else hidden
+        return replace(state.forgotten(), cached_key=key, cached_value=value, cached_hidden=kept)

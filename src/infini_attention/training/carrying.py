@@ -10,13 +10,21 @@ from infini_attention.baselines.linear_attention import LinearAttentionState
 from infini_attention.baselines.memorizing import MemorizingState
 from infini_attention.baselines.recurrent_memory import MemoryVectors
 from infini_attention.baselines.state import SegmentState
+from infini_attention.baselines.transformer_xl import TransformerXLState
 from infini_attention.models.cache import InfiniCache, InfiniCacheLayer
 from infini_attention.models.config import InfiniConfigMixin
 from infini_attention.ops import MemoryState
 
 STATES: dict[str, type[Any]] = {
     each.__name__: each
-    for each in (MemoryState, SegmentState, MemorizingState, MemoryVectors, LinearAttentionState)
+    for each in (
+        MemoryState,
+        SegmentState,
+        TransformerXLState,
+        MemorizingState,
+        MemoryVectors,
+        LinearAttentionState,
+    )
 }
 
 
@@ -95,7 +103,7 @@ def _kept(state: Any, seen: int) -> tuple[Any, int]:
         return None, seen
     if isinstance(state, MemoryState):
         return state.detach().recounted(), 0
-    return state.detach(), seen
+    return state.carried(), seen
 
 
 def _without(state: Any, starts: Tensor) -> Any:
