@@ -138,6 +138,10 @@ def test_a_carried_cache_teaches_its_projections_as_within_a_row(name: str) -> N
     cache = carried.cache(model, fresh)
     model(first, use_cache=False, **{CACHE_ARGUMENT: cache})
     carried.keep(cache)
+    for state, _ in carried._carried:
+        kept = [each for each in (state.cached_key, state.cached_value, state.cached_hidden) if each.numel()]
+        assert [each.shape for each in kept] == [(ROWS, SEGMENT, SIZES["hidden_size"])]
+        assert not state.cached_key.untyped_storage().nbytes()  # no view of what was
     gradients = []
     for ids, before in ((second, carried.cache(model, ~fresh)), (torch.cat([first, second], dim=1), None)):
         logits = model(ids, use_cache=False, **{CACHE_ARGUMENT: before}).logits[:, -SEGMENT:-1]

@@ -69,8 +69,8 @@ class SegmentState(RowState):
     def before(cls, key: Tensor, value: Tensor) -> Self:
         """The state before the first of these tokens."""
         nothing = {
-            "key": _no_tokens(key),
-            "value": _no_tokens(value),
+            "key": no_tokens(key),
+            "value": no_tokens(value),
             "hidden": key.new_empty(len(key), 0, 0),
         }
         return cls(**{field.name: nothing[field.name.rpartition("_")[2]] for field in fields(cls)})
@@ -81,7 +81,7 @@ class SegmentState(RowState):
 
     def forgotten(self) -> Self:
         """The state without the open segment and the one before it."""
-        key, value = _no_tokens(self.key), _no_tokens(self.value)
+        key, value = no_tokens(self.key), no_tokens(self.value)
         return replace(self, key=key, value=value, cached_key=key, cached_value=value)
 
 
@@ -103,6 +103,6 @@ class SegmentCache(InfiniCache):
         self.layers = [SegmentCacheLayer() for _ in range(config.num_hidden_layers)]
 
 
-def _no_tokens(x: Tensor) -> Tensor:
-    """(batch, kv_heads, 0, head_dim); no view, which would keep all of `x` alive."""
+def no_tokens(x: Tensor) -> Tensor:
+    """Like keys or values, (batch, kv_heads, 0, head_dim); no view, which would keep all of `x` alive."""
     return x.new_empty(x.shape[0], x.shape[1], 0, x.shape[3])

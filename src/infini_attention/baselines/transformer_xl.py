@@ -17,7 +17,7 @@ from torch import Tensor
 
 from infini_attention.baselines.attention import SegmentAttentionMixin
 from infini_attention.baselines.config import BaselineConfigMixin
-from infini_attention.baselines.state import SegmentState
+from infini_attention.baselines.state import SegmentState, no_tokens
 from infini_attention.ops.local import continued
 
 
@@ -59,9 +59,8 @@ class TransformerXLState(SegmentState):
         state = self.detach()
         if not state.cached_hidden.shape[1]:
             return state
-        return replace(
-            state, cached_key=state.cached_key[:, :, :0], cached_value=state.cached_value[:, :, :0]
-        )
+        none = no_tokens(state.cached_key)
+        return replace(state, cached_key=none, cached_value=none)
 
 
 class TransformerXLAttentionMixin(SegmentAttentionMixin):
@@ -88,7 +87,7 @@ class TransformerXLAttentionMixin(SegmentAttentionMixin):
             return replace(state.forgotten(), cached_key=state.key, cached_value=state.value)
         key, value = state.key.detach(), state.value.detach()
         hidden = hidden_states.detach()
-        kept = hidden[:, :0]
+        kept = hidden.new_empty(len(hidden), 0, hidden.shape[2])  # no view, which would keep all of it alive
         if torch.is_grad_enabled():
             earlier = key.shape[2] - hidden.shape[1]
             _, latest_key, latest_value = self._project(hidden)
