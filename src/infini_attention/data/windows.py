@@ -102,9 +102,8 @@ class SplitWindows(Dataset[dict[str, Tensor]]):
 
     Each row of the batch goes through windows of `parts * length` tokens, a part a step. Rows begin their
     windows at different steps, as evenly as can be: an epoch starts in the midst of most rows' first window,
-    whose beginning is read last. Windows are shuffled and dealt anew for every
-    epoch. Item `step * rows + row` is what `row` reads in `step`: read the items in their order, `rows` at a
-    time.
+    whose beginning is read last. Windows are shuffled and dealt anew for every epoch. Item
+    `step * rows + row` is what `row` reads in `step`: read the items in their order, `rows` at a time.
 
     Items are those of `CarriedWindows`. Rows that have fewer windows are filled with such that have nothing
     to predict.
