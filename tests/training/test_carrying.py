@@ -21,20 +21,10 @@ from infini_attention.training.arguments import InfiniTrainingArguments
 from infini_attention.training.carrying import CarriedMemory
 from infini_attention.training.trainer import InfiniTrainer
 
+from ..baselines.cases import SIZES, make_baseline
+
 SEGMENT, LENGTH, PARTS, ROWS = 4, 8, 3, 4
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 384,
-}
-OWN = {
-    "memorizing": {"memory_size": 20, "neighbors": 3},
-    "recurrent_memory": {"memory_tokens": 3},
-    "sliding_window": {"window": 6, "sinks": 2},
-}
+VOCABULARY = 384
 SYSTEMS = ["segment", "sliding", "sink", *(name for name in BASELINES if name != "full")]
 
 
@@ -47,13 +37,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 
 def make(name: str, **sizes: int) -> Any:
+    if name in BASELINES:
+        return make_baseline(name, segment_length=SEGMENT, vocab_size=VOCABULARY)
     torch.manual_seed(0)
-    if name not in BASELINES:
-        base = LlamaForCausalLM(LlamaConfig(**SIZES | sizes))
-        settings = {"update_rule": "delta", "local_attention": name, "sink_tokens": 2, "gate_init": 1.0}
-        return retrofit(base, segment_length=SEGMENT, **settings)
-    model_class = BASELINES[name][LlamaForCausalLM]
-    return model_class(model_class.config_class(**SIZES, segment_length=SEGMENT, **OWN.get(name, {})))
+    base = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": VOCABULARY} | sizes))
+    settings = {"update_rule": "delta", "local_attention": name, "sink_tokens": 2, "gate_init": 1.0}
+    return retrofit(base, segment_length=SEGMENT, **settings)
 
 
 def trainer(model: Any, store: TokenStore, folder: Path, **settings: Any) -> InfiniTrainer:
@@ -133,7 +122,9 @@ def test_what_is_carried_matters_here(store: TokenStore) -> None:
 def test_a_carried_cache_teaches_its_projections_as_within_a_row(name: str) -> None:
     """SG(h) is what is carried: keys and values of it are made by the weights of the step that sees them."""
     model = make(name).train()
-    first, second = torch.randint(0, 384, (2, ROWS, SEGMENT), generator=torch.Generator().manual_seed(0))
+    first, second = torch.randint(
+        0, VOCABULARY, (2, ROWS, SEGMENT), generator=torch.Generator().manual_seed(0)
+    )
     carried, fresh = CarriedMemory(), torch.ones(ROWS, dtype=torch.bool)
     cache = carried.cache(model, fresh)
     model(first, use_cache=False, **{CACHE_ARGUMENT: cache})

@@ -374,7 +374,7 @@ def test_a_memory_is_carried_through_whole_rows_or_not_at_all(tmp_path: Path) ->
         ["--model.baseline=transformer_xl", "--model.feature_map=elu1", "--model.gate_init=null"],
     ):
         with pytest.raises(
-            ValueError, match="carry_memory is set, and each row of a task is a whole by itself"
+            ValueError, match=r"carry_memory is True, and every row of data\.copy_task is a whole by itself"
         ):
             read_recipe(COPY, [*copy, *more])
 

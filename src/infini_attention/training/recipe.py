@@ -279,19 +279,18 @@ class Recipe:
                 f"training.least_segments is {self.training.least_segments}, which would cut answers off; "
                 "set data.passkey.least_segments instead"
             )
-        for name in ("associative_recall", "summaries"):
-            if getattr(data, name) is not None:
-                self._refuse_cuts(name)
+        if data.documents is None:
+            self._refuse_cuts(given[0])
         if model.local_attention != "segment" and self.training.context_parallel_size > 1:
             raise ValueError(
                 f"training.context_parallel_size is {self.training.context_parallel_size}, and with "
                 f"model.local_attention {model.local_attention!r} tokens see keys that another process "
                 "holds; leave one out"
             )
-        if data.documents is None:
-            self._refuse_settings_of_documents()
         if model.baseline is not None:
             self._refuse_settings_of_memories()
+        if data.documents is None:
+            self._refuse_settings_of_documents()
         if data.pack and self.training.least_segments is not None:
             raise ValueError(
                 "data.pack and training.least_segments exclude each other: documents have their own lengths; "
@@ -324,7 +323,8 @@ class Recipe:
 
     def _refuse_cuts(self, source: str) -> None:
         """Raise ValueError for what would take a summary from its document, or questions from their keys."""
-        for name in ("least_segments", "carry_memory"):
+        cuts = ["least_segments"] * (source in ("associative_recall", "summaries"))
+        for name in [*cuts, "carry_memory"]:
             if value := getattr(self.training, name):
                 raise ValueError(
                     f"training.{name} is {value}, and every row of data.{source} is a whole by itself, with "
@@ -367,11 +367,6 @@ class Recipe:
         names = ["more_documents", "validation", "length", "carried_length", "carried_together", "pack"]
         names += ["tokenizer"] * self.data.makes_tokens
         given = [name for name in names if getattr(self.data, name) != getattr(DataRecipe(), name)]
-        if self.training.carry_memory:
-            raise ValueError(
-                "training.carry_memory is set, and each row of a task is a whole by itself; leave it out, or "
-                "give data.documents"
-            )
         if given:
             raise ValueError(
                 f"data.{', data.'.join(given)} belong to documents, and there are none; leave them out"
