@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import LlamaForCausalLM
 
 from infini_attention.baselines import BASELINES
 from infini_attention.models.observe import gate_logits, gated_layers
@@ -17,26 +16,15 @@ from infini_attention.training.throughput import flops_per_token
 from infini_attention.training.trainer import InfiniTrainer
 from infini_attention.training.view import TrainingView
 
-SEGMENT, WIDTH, HEADS, LAYERS = 8, 8, 4, 2
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-}
-OWN = {
-    "memorizing": {"memory_size": 20, "neighbors": 3},
-    "recurrent_memory": {"memory_tokens": 3},
-    "sliding_window": {"window": 6, "sinks": 2},
-}
+from ..baselines.cases import make_baseline
+
+WIDTH, HEADS, LAYERS = 8, 4, 2
 MATRICES = 6 * (LAYERS * (4 * 32 * 32 + 3 * 32 * 48) + 64 * 32)
 
 
 def make(name: str) -> Any:
-    torch.manual_seed(0)
-    model_class = BASELINES[name][LlamaForCausalLM]
-    fields = {**SIZES, "vocab_size": 64, "segment_length": SEGMENT, **OWN.get(name, {})}
-    return model_class(model_class.config_class(**fields, num_key_value_heads=HEADS))
+    window = {"window": 6} if name == "sliding_window" else {}
+    return make_baseline(name, num_hidden_layers=LAYERS, num_key_value_heads=HEADS, **window)
 
 
 def trainer(model: Any, folder: Path, **settings: Any) -> InfiniTrainer:
