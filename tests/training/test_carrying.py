@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from infini_attention.baselines import BASELINES
@@ -25,7 +26,7 @@ from ..baselines.cases import SIZES, make_baseline
 
 SEGMENT, LENGTH, PARTS, ROWS = 4, 8, 3, 4
 VOCABULARY = 384
-SYSTEMS = ["segment", "sliding", "sink", *(name for name in BASELINES if name != "full")]
+SYSTEMS = ["segment", "sliding", "sink", "convolved", *(name for name in BASELINES if name != "full")]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,16 @@ def make(name: str, **sizes: int) -> Any:
         return make_baseline(name, segment_length=SEGMENT, vocab_size=VOCABULARY)
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": VOCABULARY} | sizes))
-    settings = {"update_rule": "delta", "local_attention": name, "sink_tokens": 2, "gate_init": 1.0}
-    return retrofit(base, segment_length=SEGMENT, **settings)
+    settings = {"update_rule": "delta", "sink_tokens": 2, "gate_init": 1.0}
+    if name == "convolved":
+        settings["short_convolution"] = 3
+    else:
+        settings["local_attention"] = name
+    model = retrofit(base, segment_length=SEGMENT, **settings)
+    for key, x in model.named_parameters():
+        if "short_convolution" in key:  # which begins as the token itself
+            torch.nn.init.normal_(x)
+    return model
 
 
 def trainer(model: Any, store: TokenStore, folder: Path, **settings: Any) -> InfiniTrainer:
@@ -118,30 +127,75 @@ def test_what_is_carried_matters_here(store: TokenStore) -> None:
         assert abs(loss_of_whole_texts(model, data, 1) - alone) > 5e-4, name
 
 
-@pytest.mark.parametrize("name", ["transformer_xl", "memorizing"])
-def test_a_carried_cache_teaches_its_projections_as_within_a_row(name: str) -> None:
-    """SG(h) is what is carried: keys and values of it are made by the weights of the step that sees them."""
-    model = make(name).train()
-    first, second = torch.randint(
-        0, VOCABULARY, (2, ROWS, SEGMENT), generator=torch.Generator().manual_seed(0)
+FRESH = torch.ones(ROWS, dtype=torch.bool)
+
+
+def carried_through(model: Any, *steps: Tensor, **settings: Any) -> CarriedMemory:
+    """What goes on after these steps, each (rows, length) ids of the same texts."""
+    carried = CarriedMemory()
+    for number, ids in enumerate(steps):
+        cache = carried.cache(model, ~FRESH if number else FRESH)
+        model(ids, use_cache=False, **{CACHE_ARGUMENT: cache}, **settings)
+        carried.keep(cache)
+    return carried
+
+
+def gradients(model: Any, ids: Tensor, cache: Any, **settings: Any) -> dict[str, Tensor]:
+    """Of the loss of the last segment in `ids`."""
+    logits = model(ids, use_cache=False, **{CACHE_ARGUMENT: cache}, **settings).logits[:, -SEGMENT:-1]
+    F.cross_entropy(logits.flatten(0, 1), ids[:, 1 - SEGMENT :].flatten()).backward()
+    found = {key: x.grad for key, x in model.named_parameters() if x.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def ids_of(segments: int) -> Tensor:
+    return torch.randint(
+        0, VOCABULARY, (ROWS, segments * SEGMENT), generator=torch.Generator().manual_seed(0)
     )
-    carried, fresh = CarriedMemory(), torch.ones(ROWS, dtype=torch.bool)
-    cache = carried.cache(model, fresh)
-    model(first, use_cache=False, **{CACHE_ARGUMENT: cache})
-    carried.keep(cache)
-    for state, _ in carried._carried:
+
+
+@pytest.mark.parametrize("name", ["transformer_xl", "memorizing", "segment", "sliding", "sink"])
+def test_what_was_carried_teaches_projections_as_within_a_row(name: str) -> None:
+    """SG(h) is what is carried: keys and values of it are made by the weights of the step that sees them."""
+    model, ids = make(name).train(), ids_of(2)
+    first, second = ids.split(SEGMENT, dim=1)
+    stopped = {"stop_gradient": True} if isinstance(model.config, InfiniConfigMixin) else {}
+    carried = carried_through(model, first)
+    found = gradients(model, second, carried.cache(model, ~FRESH))
+    wanted = gradients(model, ids, None, **stopped)
+    assert {*found} == {*wanted} and found["model.layers.0.self_attn.k_proj.weight"].abs().max() > 1e-5
+    for key, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ["transformer_xl", "memorizing"])
+def test_a_carried_cache_is_of_hidden_states_alone(name: str) -> None:
+    for state, *_ in carried_through(make(name).train(), ids_of(1))._carried:
         kept = [each for each in (state.cached_key, state.cached_value, state.cached_hidden) if each.numel()]
         assert [each.shape for each in kept] == [(ROWS, SEGMENT, SIZES["hidden_size"])]
         assert not state.cached_key.untyped_storage().nbytes()  # no view of what was
-    gradients = []
-    for ids, before in ((second, carried.cache(model, ~fresh)), (torch.cat([first, second], dim=1), None)):
-        logits = model(ids, use_cache=False, **{CACHE_ARGUMENT: before}).logits[:, -SEGMENT:-1]
-        F.cross_entropy(logits.flatten(0, 1), second[:, 1:].flatten()).backward()
-        gradients.append({key: x.grad for key, x in model.named_parameters() if x.grad is not None})
-        model.zero_grad()
-    assert {*gradients[0]} == {*gradients[1]} and any("k_proj" in key for key in gradients[0])
-    for key, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ["segment", "sliding"])
+def test_what_is_read_again_is_made_by_the_new_weights(name: str) -> None:
+    """Of the last step alone: what is older stays as it was."""
+    model, (first, second, third) = make(name).train(), ids_of(6).split(2 * SEGMENT, dim=1)
+    carried = carried_through(model, first, second)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(0.5)
+    cache, by_hand = carried.cache(model, ~FRESH), carried.cache(model, ~FRESH)
+    old = cache.layers[0].state
+    model(third, use_cache=False, **{CACHE_ARGUMENT: cache})
+    for layer in by_hand.layers:
+        layer.state, layer.again = layer.again.before, None
+    model(second, use_cache=False, **{CACHE_ARGUMENT: by_hand})
+    found, wanted = cache.layers[0].reading.before, by_hand.layers[0].state
+    assert cache.layers[0].again is None
+    for key, x in found.tensors().items():
+        if key != "length":
+            torch.testing.assert_close(x, wanted.tensors()[key], msg=key)
+    assert not torch.allclose(found.memory, old.memory)
 
 
 def test_a_step_with_nothing_to_predict_costs_nothing(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from infini_attention.layers import MemoryGate, ShortConvolution
-from infini_attention.models.cache import InfiniCache, InfiniStepCache
+from infini_attention.models.cache import InfiniCache, InfiniStepCache, Reading
 from infini_attention.models.compat import pop_cache
 from infini_attention.models.config import convolved_channels
 from infini_attention.ops import MemoryState, infini_attention
@@ -48,6 +48,28 @@ class SegmentContext(NamedTuple):
     tokens_before: Tensor | None = None
     context_rotations: dict[str, Rotation] | None = None
     stop_gradient: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all rows are whole, each segment counts once, and this process has all of them."""
+        return self.padding_mask is None and self.segment_weights is None and self.context_group is None
+
+    def of_whole(self, hidden: Tensor, segment_length: int) -> "SegmentContext":
+        """The same for the whole segments of `hidden`, (batch, length, size); this one begins with one."""
+        segments = hidden.shape[1] // segment_length
+
+        def repeated(rotations: dict[str, Rotation]) -> dict[str, Rotation]:
+            first = {kind: [x[:, :segment_length] for x in both] for kind, both in rotations.items()}
+            return {
+                kind: (cos.repeat(1, segments, 1), sin.repeat(1, segments, 1))
+                for kind, (cos, sin) in first.items()
+            }
+
+        outside = self.context_rotations
+        return self._replace(
+            rotations=repeated(self.rotations),
+            context_rotations=None if outside is None else repeated(outside),
+        )
 
 
 class FamilyAttentionMixin(nn.Module):
@@ -118,14 +140,80 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
         `segment_context` holds what stands for them. The cache, if any, is an InfiniCache.
         """
         cache = pop_cache(kwargs)
-        stepping = isinstance(cache, InfiniStepCache)
-        before = None if cache is None or stepping else _state_of(cache, self)
-        recent = None if before is None else before.open_recent
-        if stepping:
-            recent = cache.recent(self.layer_idx)
+        if isinstance(cache, InfiniStepCache):
+            output = self._step(hidden_states, cache, segment_context)
+        else:
+            output = self._read(hidden_states, cache, segment_context)
+        return self.o_proj(output.transpose(1, 2).flatten(2)), None
+
+    def _step(self, hidden_states: Tensor, cache: InfiniStepCache, segment_context: SegmentContext) -> Tensor:
+        """All heads' outputs for one token a row, whose states change in place."""
+        recent = cache.recent(self.layer_idx)
         query, key, value, seen = self.project(hidden_states, recent, segment_context)
-        local_query, local_key = self._rotate(query, key, segment_context.rotations[self.rotation_type])
-        settings = {
+        settings = self._settings(query, key, segment_context)
+        if segment_context.context_rotations is not None:
+            settings["context_key"] = self._context_key(key, segment_context)
+        tensors = query, key, value, self.memory_gate(), cache.buffers
+        output = infini_attention_step(*tensors, self.layer_idx, width=cache.width, **settings)
+        cache.buffers.look_back(self.layer_idx, None if seen is None else seen[:, 1:])
+        return output
+
+    def _read(
+        self, hidden_states: Tensor, cache: InfiniCache | None, segment_context: SegmentContext
+    ) -> Tensor:
+        """All heads' outputs, (batch, heads, length, head_dim); the cache moves on."""
+        if cache is None:
+            return self._attend(hidden_states, None, segment_context)[0]
+        before, again = _state_of(cache, self)
+        size = self.config.segment_length
+        if again is not None and hidden_states.shape[1] >= size:  # else there are no rotations of a segment
+            _, read = self._attend(again.hidden, again.before, segment_context.of_whole(again.hidden, size))
+            before = _after(read, again)
+        output, state = self._attend(hidden_states, before, segment_context)
+        _hand_on(cache, self, state, Reading(before, hidden_states), segment_context)
+        return output
+
+    def _attend(
+        self, hidden_states: Tensor, before: MemoryState | None, segment_context: SegmentContext
+    ) -> tuple[Tensor, MemoryState]:
+        """All heads' outputs and the state after these tokens, which come after the state `before`."""
+        recent = None if before is None else before.open_recent
+        query, key, value, seen = self.project(hidden_states, recent, segment_context)
+        settings = self._settings(query, key, segment_context)
+        stopped = segment_context.stop_gradient and torch.is_grad_enabled()
+        if stopped:
+            settings["local_value"] = value
+            seen_before = None if recent is None else recent.detach()
+            _, key, value, _ = self.project(hidden_states.detach(), seen_before, segment_context)
+        if segment_context.context_rotations is not None:
+            settings["context_key"] = self._context_key(key, segment_context)
+            if stopped:
+                settings["context_value"] = value
+        if segment_context.context_group is not None:
+            before = self._incoming(key, value, before, segment_context)
+        output, state = infini_attention(
+            query,
+            key,
+            value,
+            self.memory_gate(),
+            segment_length=self.config.segment_length,
+            local_attention=self.config.local_attention,
+            sink_tokens=self.config.sink_tokens,
+            state=before,
+            padding_mask=segment_context.padding_mask,
+            cu_seqlens=segment_context.cu_seqlens,
+            segment_weights=segment_context.segment_weights,
+            **settings,
+        )
+        if seen is not None:
+            state = _looking_back(state, before, seen, self.config.short_convolution - 1)
+        return output, state
+
+    def _settings(self, query: Tensor, key: Tensor, segment_context: SegmentContext) -> dict[str, Any]:
+        """What attention takes beside its tensors, of one token or many."""
+        rotation = segment_context.rotations[self.rotation_type]
+        local_query, local_key = self._rotate(query, key, rotation)
+        return {
             "local_query": local_query,
             "local_key": local_key,
             "update_rule": self.config.update_rule,
@@ -135,41 +223,11 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
             "scale": self.scaling,
             "softcap": self.softcap,
         }
-        stopped = segment_context.stop_gradient and torch.is_grad_enabled() and not stepping
-        if stopped:
-            settings["local_value"] = value
-            seen_before = None if recent is None else recent.detach()
-            _, key, value, _ = self.project(hidden_states.detach(), seen_before, segment_context)
-        if segment_context.context_rotations is not None:
-            rotation = segment_context.context_rotations[self.rotation_type]
-            settings["context_key"] = self._rotate_key(key, rotation)
-            if stopped:
-                settings["context_value"] = value
-        tensors = query, key, value, self.memory_gate()
-        if isinstance(cache, InfiniStepCache):
-            output = infini_attention_step(
-                *tensors, cache.buffers, self.layer_idx, width=cache.width, **settings
-            )
-            cache.buffers.look_back(self.layer_idx, None if seen is None else seen[:, 1:])
-        else:
-            if segment_context.context_group is not None:
-                before = self._incoming(key, value, before, segment_context)
-            output, state = infini_attention(
-                *tensors,
-                segment_length=self.config.segment_length,
-                local_attention=self.config.local_attention,
-                sink_tokens=self.config.sink_tokens,
-                state=before,
-                padding_mask=segment_context.padding_mask,
-                cu_seqlens=segment_context.cu_seqlens,
-                segment_weights=segment_context.segment_weights,
-                **settings,
-            )
-            if cache is not None:
-                if seen is not None:
-                    state = _looking_back(state, before, seen, self.config.short_convolution - 1)
-                _hand_on(cache, self, state, hidden_states.shape[1])
-        return self.o_proj(output.transpose(1, 2).flatten(2)), None
+
+    def _context_key(self, key: Tensor, segment_context: SegmentContext) -> Tensor:
+        """Keys as later segments see them."""
+        assert segment_context.context_rotations is not None
+        return self._rotate_key(key, segment_context.context_rotations[self.rotation_type])
 
     def project(
         self, hidden_states: Tensor, recent: Tensor | None, segment_context: SegmentContext
@@ -216,18 +274,47 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
 
 # Which layer's state it is must not be known to what is compiled: that would be anew for each.
 @torch.compiler.disable
-def _state_of(cache: InfiniCache, attention: FamilyAttentionMixin) -> MemoryState | None:
-    """What the layer carries from its earlier calls."""
+def _state_of(
+    cache: InfiniCache, attention: FamilyAttentionMixin
+) -> tuple[MemoryState | None, Reading | None]:
+    """What the layer carries from its earlier calls, and what it is to read again in place of that."""
     layer: Any = cache.layers[attention.layer_idx]
-    state: MemoryState | None = layer.state
-    return state
+    again, layer.again = layer.again, None
+    return layer.state, again
 
 
 @torch.compiler.disable
-def _hand_on(cache: InfiniCache, attention: FamilyAttentionMixin, state: MemoryState, tokens: int) -> None:
-    """Have the cache carry the `state` after so many more tokens."""
+def _after(state: MemoryState, again: Reading) -> MemoryState:
+    """The state after what was read again, of the rows whose text goes on."""
+    return (state if again.ended is None else state.forget(again.ended)).recounted()
+
+
+@torch.compiler.disable
+def _hand_on(
+    cache: InfiniCache,
+    attention: FamilyAttentionMixin,
+    state: MemoryState,
+    reading: Reading,
+    segment_context: SegmentContext,
+) -> None:
+    """Have the cache carry the `state` after what was read, and that too where it is wanted."""
     layer: Any = cache.layers[attention.layer_idx]
-    layer.advance(state, tokens)
+    layer.advance(state, reading.hidden.shape[1])
+    layer.reading = None
+    if layer.keeps_readings and segment_context.is_plain and _whole(reading.before) and _whole(state):
+        layer.reading = replace(reading, hidden=_stopped(reading.hidden))
+
+
+def _whole(state: MemoryState | None) -> bool:
+    """Whether no segment is open."""
+    return state is None or not bool(state.open_length.any())
+
+
+def _stopped(hidden: Tensor) -> Tensor:
+    """SG(h), in the precision in which projections take it."""
+    kind = hidden.device.type
+    wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return hidden.detach().to(wanted)
 
 
 def _looking_back(state: MemoryState, before: MemoryState | None, seen: Tensor, recent: int) -> MemoryState:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -14,8 +15,32 @@ from infini_attention.ops import MemoryState
 from infini_attention.ops.step import StepBuffers
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Whole segments that a layer has read in a step of a training, for the next step to read again.
+
+    Attributes:
+        before: the state that they came after; None at the start.
+        hidden: SG(h) of their tokens as attention meets them, (batch, length, hidden_size).
+        ended: (batch,) bool on the CPU: rows whose text is over, of which nothing is kept; None for none.
+    """
+
+    before: MemoryState | None
+    hidden: Tensor
+    ended: Tensor | None = None
+
+
 class InfiniCacheLayer(CacheLayerMixin):
-    """One layer's MemoryState, and how many tokens it has been given, padding included."""
+    """One layer's MemoryState, and how many tokens it has been given, padding included.
+
+    Attributes:
+        state: that after the last token; None before the first.
+        seen: tokens so far.
+        keeps_readings: whether `reading` is wanted.
+        reading: what the last call has read, where it was whole segments.
+        again: what the next call reads first once more, in place of `state`: gradients then reach the key and
+            value projections through what that leaves.
+    """
 
     is_sliding = False
     supports_early_init = False
@@ -24,6 +49,9 @@ class InfiniCacheLayer(CacheLayerMixin):
         super().__init__()
         self.state: MemoryState | None = None
         self.seen = 0
+        self.keeps_readings = False
+        self.reading: Reading | None = None
+        self.again: Reading | None = None
 
     def advance(self, state: MemoryState, tokens: int) -> None:
         """Take over the `state` after `tokens` more tokens."""
@@ -44,7 +72,7 @@ class InfiniCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.state = None
+        self.state, self.reading, self.again = None, None, None
         self.seen = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -107,6 +135,15 @@ class InfiniCache(DynamicCache):
     def detach(self) -> "InfiniCache":
         """A cache with the same states, cut off from the graph that made them."""
         return self.map_states(lambda state: state.detach())
+
+    def settled(self) -> "InfiniCache":
+        """A cache that goes on from the states alone, and reads nothing again; it shares them."""
+        twin = self.copy()
+        layers: list[Any] = twin.layers
+        for layer in layers:
+            if isinstance(layer, InfiniCacheLayer):
+                layer.reading = layer.again = None
+        return twin
 
     def map_states(self, function: Callable[[MemoryState], MemoryState]) -> "InfiniCache":
         """A cache with `function` of every state, which leaves this one as it is."""

@@ -1,7 +1,7 @@
 """What goes on from one optimiser step to the next: a memory, or whatever else a system carries."""
 
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from infini_attention.baselines.memorizing import MemorizingState
 from infini_attention.baselines.recurrent_memory import MemoryVectors
 from infini_attention.baselines.state import SegmentState
 from infini_attention.baselines.transformer_xl import TransformerXLState
-from infini_attention.models.cache import InfiniCache, InfiniCacheLayer
+from infini_attention.models.cache import InfiniCache, InfiniCacheLayer, Reading
 from infini_attention.models.config import InfiniConfigMixin
 from infini_attention.ops import MemoryState
 
@@ -28,12 +28,29 @@ STATES: dict[str, type[Any]] = {
 }
 
 
+class Carried(NamedTuple):
+    """What goes on of one layer.
+
+    Attributes:
+        state: of its rows; None where there is none yet.
+        seen: tokens that its cache counts.
+        reading: what the step has read, of a memory.
+    """
+
+    state: Any
+    seen: int
+    reading: Reading | None
+
+
 class CarriedMemory:
-    """The states of a batch's rows between two steps, without the graphs that made them."""
+    """The states of a batch's rows between two steps, without the graphs that made them.
+
+    A memory's last step is read again, layer by layer, before the next one goes on: what it left is then made
+    by the weights of the step that reads it, and teaches the key and value projections.
+    """
 
     def __init__(self) -> None:
-        # Of each layer, if it has anything yet, and how many tokens its cache had seen.
-        self._carried: list[tuple[Any, int]] = []
+        self._carried: list[Carried] = []  # by layer
 
     def cache(self, model: Any, starts: Tensor | None) -> InfiniCache:
         """A cache that goes on from the last step; rows start afresh where `starts`, (rows,) bool, says so.
@@ -48,9 +65,12 @@ class CarriedMemory:
                 "or SplitWindows, or add it to every example"
             )
         starts = starts.cpu()
+        layers: list[Any] = cache.layers
+        for layer in layers:
+            layer.keeps_readings = True
         if not self._carried:
             return cache
-        rows = next(state for state, _ in self._carried if state is not None).batch_size
+        rows = next(each.state for each in self._carried if each.state is not None).batch_size
         if len(starts) != rows:
             raise ValueError(
                 f"the batch has {len(starts)} rows, the memory carried to it {rows}; "
@@ -58,28 +78,42 @@ class CarriedMemory:
             )
         if bool(starts.all()):
             return cache
-        layers: list[Any] = cache.layers
-        for layer, (state, seen) in zip(layers, self._carried, strict=True):
+        ended = starts if bool(starts.any()) else None
+        for layer, (state, seen, reading) in zip(layers, self._carried, strict=True):
             layer.state, layer.seen = _without(state, starts), seen
+            layer.again = None if reading is None else replace(reading, ended=ended)
         return cache
 
     def keep(self, cache: InfiniCache) -> None:
         """Take over the states after a step."""
         layers: list[Any] = cache.layers
-        self._carried = [_kept(layer.state, layer.seen) for layer in layers]
-
-    def save(self) -> list[tuple[str, dict[str, Any], int]]:
-        """What `load` takes: tensors, numbers and names only."""
-        return [
-            ("", {}, seen) if state is None else (type(state).__name__, asdict(state), seen)
-            for state, seen in self._carried
-        ]
-
-    def load(self, saved: list[tuple[str, dict[str, Any], int]], device: torch.device) -> None:
-        """Go on, on `device`, from what `save` gave."""
         self._carried = [
-            (STATES[name](**fields).to(device) if name else None, seen) for name, fields, seen in saved
+            Carried(*_kept(layer.state, layer.seen), _reading(layer.reading)) for layer in layers
         ]
+
+    def save(self) -> list[dict[str, Any]]:
+        """What `load` takes, of each layer: tensors, numbers and names only."""
+        return [
+            {
+                "state": _written(state),
+                "seen": seen,
+                "read_after": _written(reading and reading.before),
+                "read": reading and reading.hidden,
+            }
+            for state, seen, reading in self._carried
+        ]
+
+    def load(self, saved: list[dict[str, Any]], device: torch.device) -> None:
+        """Go on, on `device`, from what `save` gave."""
+
+        def made(name: str, fields: dict[str, Any]) -> Any:
+            return STATES[name](**fields).to(device) if name else None
+
+        self._carried = []
+        for each in saved:
+            hidden = each["read"]
+            reading = None if hidden is None else Reading(made(*each["read_after"]), hidden.to(device))
+            self._carried.append(Carried(made(*each["state"]), each["seen"], reading))
 
 
 def _empty_cache(model: Any) -> InfiniCache:
@@ -104,6 +138,18 @@ def _kept(state: Any, seen: int) -> tuple[Any, int]:
     if isinstance(state, MemoryState):
         return state.detach().recounted(), 0
     return state.carried(), seen
+
+
+def _reading(reading: Reading | None) -> Reading | None:
+    """What was read, without the graph that made the state before it."""
+    if reading is None or reading.before is None:
+        return reading
+    return replace(reading, before=reading.before.detach().recounted())
+
+
+def _written(state: Any) -> tuple[str, dict[str, Any]]:
+    """The name of a state's class, and its fields; nothing of None."""
+    return ("", {}) if state is None else (type(state).__name__, asdict(state))
 
 
 def _without(state: Any, starts: Tensor) -> Any:
