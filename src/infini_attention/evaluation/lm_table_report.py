@@ -1,6 +1,7 @@
 """What `infini table lm` shows: Markdown, and a picture of perplexity by position; the table has the JSON."""
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,10 @@ def plot(table: LmTable, path: Path) -> None:
 
     count = len(table.documents)
     # Names can be longer than a panel is wide: they stand below, and make the figure taller instead.
-    figure = Figure(figsize=(3 + 4.6 * count, 7.5 + 0.23 * len(table.rows)), layout="constrained")
+    width = 3 + 4.6 * count
+    names = {row.name: textwrap.fill(row.name, round(11 * width)) for row in table.rows}
+    lines = sum(name.count("\n") + 1 for name in names.values())
+    figure = Figure(figsize=(width, 7.5 + 0.23 * lines), layout="constrained")
     panels = figure.subplots(2, count, sharex="col", squeeze=False, height_ratios=(3, 2))
     for column, documents in enumerate(table.documents):
         above, below = panels[:, column]
@@ -58,7 +62,8 @@ def plot(table: LmTable, path: Path) -> None:
     for axes in panels[0]:
         handles, labels = axes.get_legend_handles_labels()
         drawn |= dict(zip(labels, handles, strict=True))
-    figure.legend(drawn.values(), drawn, loc="outside lower left", frameon=False, handlelength=3)
+    labels = [names[name] for name in drawn]
+    figure.legend(drawn.values(), labels, loc="outside lower left", frameon=False, handlelength=3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

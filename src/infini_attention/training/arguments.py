@@ -37,8 +37,10 @@ class InfiniTrainingArguments(TrainingArguments):
         stop_gradient: what memory is to hold, and what later segments see, teaches each layer's key and
             value projections, and not the layers below, as in Transformer-XL.
         carry_memory: the memory, or what a baseline carries, goes on from step to step, row by row, and
-            starts afresh where a row's `starts_document` says so; gradients do not. See `CarriedWindows` and
-            `SplitWindows` of `infini_attention.data.windows`.
+            starts afresh where a row's `starts_document` says so. Each layer first reads again what the step
+            before it has read, if that was whole segments that count once: gradients reach the key and value
+            projections through it, and nothing older. See `CarriedWindows` and `SplitWindows` of
+            `infini_attention.data.windows`.
         context_parallel_size: so many processes share each sequence, a run of whole segments each.
         cuda_graphs: forward and backward of each shape of batch are captured as a CUDA graph once and then
             replayed, for small models that wait for the host; on one GPU. On a CPU there is nothing to
