@@ -198,6 +198,28 @@ def test_what_is_read_again_is_made_by_the_new_weights(name: str) -> None:
     assert not torch.allclose(found.memory, old.memory)
 
 
+@pytest.mark.parametrize("what", ["padded", "weighted", "short"])
+def test_a_step_of_another_kind_goes_on_from_the_state(what: str) -> None:
+    model, ids = make("segment").train(), ids_of(2)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    settings = {
+        "padded": {"attention_mask": mask},
+        "weighted": {"segment_weights": torch.tensor([[1.0, 2.0]] * ROWS)},
+        "short": {},
+    }[what]
+    ids = ids[:, :2] if what == "short" else ids
+    carried = carried_through(model, ids_of(1))
+    cache = carried.cache(model, ~FRESH)
+    plain = cache.without_readings()
+    with torch.no_grad():
+        found, wanted = (
+            model(ids, use_cache=False, **{CACHE_ARGUMENT: each}, **settings).logits
+            for each in (cache, plain)
+        )
+    assert torch.equal(found, wanted)
+
+
 def test_a_step_with_nothing_to_predict_costs_nothing(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("three short tales")
     short = tokenized(Documents(f"{tmp_path}/short.txt"), byte_tokenizer(), tmp_path / "tokens")

@@ -55,21 +55,25 @@ class SegmentContext(NamedTuple):
         return self.padding_mask is None and self.segment_weights is None and self.context_group is None
 
     def of_whole(self, hidden: Tensor, segment_length: int) -> "SegmentContext":
-        """The same for the whole segments of `hidden`, (batch, length, size); this one begins with one."""
-        segments = hidden.shape[1] // segment_length
+        """The same for the whole segments of `hidden`, (batch, length, size); this one begins with one.
 
-        def repeated(rotations: dict[str, Rotation]) -> dict[str, Rotation]:
-            first = {kind: [x[:, :segment_length] for x in both] for kind, both in rotations.items()}
-            return {
-                kind: (cos.repeat(1, segments, 1), sin.repeat(1, segments, 1))
-                for kind, (cos, sin) in first.items()
-            }
-
-        outside = self.context_rotations
+        No gradient can go further than `hidden`, so that there is nothing to stop.
+        """
+        segments, outside = hidden.shape[1] // segment_length, self.context_rotations
         return self._replace(
-            rotations=repeated(self.rotations),
-            context_rotations=None if outside is None else repeated(outside),
+            rotations=_repeated(self.rotations, segment_length, segments),
+            context_rotations=None if outside is None else _repeated(outside, segment_length, segments),
+            stop_gradient=False,
         )
+
+
+# Not inside of_whole: what is compiled does not take annotations that are evaluated there.
+def _repeated(rotations: dict[str, Rotation], segment_length: int, segments: int) -> dict[str, Rotation]:
+    """The rotations of so many whole segments, by those of tokens that begin with one."""
+    first = {kind: [x[:, :segment_length] for x in both] for kind, both in rotations.items()}
+    return {
+        kind: (cos.repeat(1, segments, 1), sin.repeat(1, segments, 1)) for kind, (cos, sin) in first.items()
+    }
 
 
 class FamilyAttentionMixin(nn.Module):
@@ -163,20 +167,30 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
     ) -> Tensor:
         """All heads' outputs, (batch, heads, length, head_dim); the cache moves on."""
         if cache is None:
-            return self._attend(hidden_states, None, segment_context)[0]
+            return self._attend(hidden_states, None, segment_context, goes_on=False)[0]
         before, again = _state_of(cache, self)
         size = self.config.segment_length
-        if again is not None and hidden_states.shape[1] >= size:  # else there are no rotations of a segment
-            _, read = self._attend(again.hidden, again.before, segment_context.of_whole(again.hidden, size))
-            before = _after(read, again)
+        # A shorter call has no rotations of a whole segment, a padded one others: they go on from the state.
+        if again is not None and segment_context.is_plain and hidden_states.shape[1] >= size:
+            hidden = again.hidden.to(hidden_states.dtype)
+            _, read = self._attend(hidden, again.before, segment_context.of_whole(hidden, size))
+            before = _state_after_rereading(read, again)
         output, state = self._attend(hidden_states, before, segment_context)
         _hand_on(cache, self, state, Reading(before, hidden_states), segment_context)
         return output
 
     def _attend(
-        self, hidden_states: Tensor, before: MemoryState | None, segment_context: SegmentContext
+        self,
+        hidden_states: Tensor,
+        before: MemoryState | None,
+        segment_context: SegmentContext,
+        *,
+        goes_on: bool = True,
     ) -> tuple[Tensor, MemoryState]:
-        """All heads' outputs and the state after these tokens, which come after the state `before`."""
+        """All heads' outputs, and the state after these tokens, which come after the state `before`.
+
+        Unless it `goes_on`, the state lacks what a short convolution would look back at.
+        """
         recent = None if before is None else before.open_recent
         query, key, value, seen = self.project(hidden_states, recent, segment_context)
         settings = self._settings(query, key, segment_context)
@@ -205,7 +219,7 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
             segment_weights=segment_context.segment_weights,
             **settings,
         )
-        if seen is not None:
+        if goes_on and seen is not None:
             state = _looking_back(state, before, seen, self.config.short_convolution - 1)
         return output, state
 
@@ -284,7 +298,7 @@ def _state_of(
 
 
 @torch.compiler.disable
-def _after(state: MemoryState, again: Reading) -> MemoryState:
+def _state_after_rereading(state: MemoryState, again: Reading) -> MemoryState:
     """The state after what was read again, of the rows whose text goes on."""
     return (state if again.ended is None else state.forget(again.ended)).recounted()
 

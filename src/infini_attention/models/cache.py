@@ -72,8 +72,13 @@ class InfiniCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.state, self.reading, self.again = None, None, None
+        self.state = None
         self.seen = 0
+        self.forget_readings()
+
+    def forget_readings(self) -> None:
+        """Go on from the state alone."""
+        self.reading = self.again = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the given rows, in the given order."""
@@ -81,6 +86,7 @@ class InfiniCacheLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows, in the given order."""
+        self.forget_readings()
         if self.state is not None:
             self.state = self.state.select(indices)
 
@@ -136,13 +142,13 @@ class InfiniCache(DynamicCache):
         """A cache with the same states, cut off from the graph that made them."""
         return self.map_states(lambda state: state.detach())
 
-    def settled(self) -> "InfiniCache":
-        """A cache that goes on from the states alone, and reads nothing again; it shares them."""
+    def without_readings(self) -> "InfiniCache":
+        """A cache that goes on from the states alone, which it shares, and reads nothing again."""
         twin = self.copy()
         layers: list[Any] = twin.layers
         for layer in layers:
             if isinstance(layer, InfiniCacheLayer):
-                layer.reading = layer.again = None
+                layer.forget_readings()
         return twin
 
     def map_states(self, function: Callable[[MemoryState], MemoryState]) -> "InfiniCache":
@@ -160,6 +166,7 @@ class InfiniCache(DynamicCache):
         for layer in layers:
             if isinstance(layer, InfiniCacheLayer):
                 layer.state = None if layer.state is None else layer.state.to(device)
+                layer.forget_readings()
             elif layer.is_initialized:
                 layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
         return self

@@ -67,7 +67,8 @@ def in_runs(
 
     hidden = []
     for number, run in enumerate(segment_runs(length, run_segments, model.config.segment_length, used)):
-        carried = carried.settled() if number else carried  # each run would else keep what the last one read
+        if number:  # or the caches that checkpoints keep would hold the hidden states of every run
+            carried = carried.without_readings()
         if detach_every is not None and number and number * run_segments % detach_every == 0:
             carried = carried.detach()
         columns = slice(number * run_segments, (number + 1) * run_segments)

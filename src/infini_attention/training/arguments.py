@@ -38,7 +38,8 @@ class InfiniTrainingArguments(TrainingArguments):
             value projections, and not the layers below, as in Transformer-XL.
         carry_memory: the memory, or what a baseline carries, goes on from step to step, row by row, and
             starts afresh where a row's `starts_document` says so. Each layer first reads again what the step
-            before it has read, if that was whole segments that count once: gradients reach the key and value
+            before it has read (its last run alone, where there are several by `checkpoint_segments` or
+            `detach_every`), if that was whole segments that count once: gradients reach the key and value
             projections through it, and nothing older. See `CarriedWindows` and `SplitWindows` of
             `infini_attention.data.windows`.
         context_parallel_size: so many processes share each sequence, a run of whole segments each.

@@ -33,7 +33,7 @@ class Throughput:
 
     Figures are of this process and its device, and time is all time, evaluations and checkpoints included.
     Work that is done twice to save memory counts once, as is the custom; keys that were carried from earlier
-    steps are not counted.
+    steps, and what of these is read again, are not counted.
 
     Args:
         model: an `infini_*` language model, or a baseline.

@@ -224,7 +224,7 @@ class InfiniTrainer(Trainer):
             inputs[CACHE_ARGUMENT] = self._carried[self._batch].cache(self.model, starts)
         observed = dict(inputs)
         if self.args.carry_memory:
-            observed[CACHE_ARGUMENT] = inputs[CACHE_ARGUMENT].settled()  # the step moves its own on
+            observed[CACHE_ARGUMENT] = inputs[CACHE_ARGUMENT].copy()  # the step moves its own on
         if self.args.cuda_graphs and self.args.device.type == "cuda":
             loss = self._graphed_step(model, inputs, num_items_in_batch)
         else:
