@@ -29,7 +29,7 @@ class MemoryGate(nn.Module):
 
     def forward(self) -> Tensor:
         """The logits, (heads,) fp32 (fp64 after `.double()`)."""
-        return self.logits
+        return self.logits.clone()  # what FSDP gathers for this call alone is gone after it
 
     def extra_repr(self) -> str:
         """Heads and initial value, for `print(model)`."""

@@ -7,11 +7,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from infini_attention import cli
 from infini_attention.models import retrofit
+from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.training.arguments import InfiniTrainingArguments
+from infini_attention.training.carrying import CarriedMemory
 from infini_attention.training.trainer import InfiniTrainer
 
 from ..distributed import run_on
@@ -21,10 +26,6 @@ ROWS, SEGMENT, LENGTH = 4, 8, 44  # a step's rows over all processes; five whole
 LAYERS_TOO = "over segments, layers checkpointed"
 SETTINGS: dict[str, dict[str, Any]] = {
     "data parallel": {},
-    "sharded": {
-        "fsdp": "full_shard auto_wrap",
-        "fsdp_config": {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"},
-    },
     "over segments": {"context_parallel_size": 2},
     LAYERS_TOO: {"context_parallel_size": 2, "gradient_checkpointing": True},
 }
@@ -77,7 +78,7 @@ def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize(
     ("how", "processes"),
-    [("data parallel", 2), ("sharded", 2), ("over segments", 2), ("over segments", 4), (LAYERS_TOO, 2)],
+    [("data parallel", 2), ("over segments", 2), ("over segments", 4), (LAYERS_TOO, 2)],
 )
 def test_several_processes_train_as_one_does(
     alone: tuple[str, Any], tmp_path: Path, how: str, processes: int
@@ -90,6 +91,40 @@ def test_several_processes_train_as_one_does(
         assert ours == pytest.approx(losses, abs=1e-4)
         for name, expected in parameters.items():
             torch.testing.assert_close(theirs[name], expected, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def carried_gradients(rule: str) -> dict[str, Tensor]:
+    """Of a step that goes on from another one, this rank's share of the rows; sharded on several ranks."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes))
+    model = retrofit(base, segment_length=SEGMENT, update_rule=rule, gate_init=0.0, short_convolution=3)
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    if ranks > 1:
+        units = [each for each in model.modules() if type(each).__name__ in model._no_split_modules]
+        for module in reversed(units):  # gates before the layers that they are in
+            fully_shard(module, mesh=init_device_mesh("cpu", (ranks,)))
+        fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
+    ids = torch.randint(0, 64, (ROWS, 4 * SEGMENT), generator=torch.Generator().manual_seed(0)).chunk(ranks)
+    carried = CarriedMemory()
+    for number, step in enumerate(ids[rank].split(2 * SEGMENT, dim=1)):
+        cache = carried.cache(model, torch.full((ROWS // ranks,), number == 0))
+        model.zero_grad()
+        model(step, labels=step, use_cache=False, **{CACHE_ARGUMENT: cache}).loss.backward()
+        carried.keep(cache)
+    assert all(isinstance(x, DTensor) == (ranks > 1) for x in model.parameters())
+    found = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+    return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
+
+
+@pytest.mark.parametrize("rule", ["linear", "delta"])
+def test_sharded_weights_learn_as_whole_ones_do(rule: str) -> None:
+    (whole,) = run_on(1, carried_gradients, rule)
+    assert any("memory_gate" in name for name in whole) and len(whole) > 20
+    for sharded in run_on(2, carried_gradients, rule):
+        assert sharded.keys() == whole.keys()
+        for name, expected in whole.items():
+            torch.testing.assert_close(sharded[name], expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_the_start_matters_to_what_is_compared(alone: tuple[str, Any]) -> None:
@@ -118,6 +153,11 @@ def test_wrong_divisions_are_refused_in_words(tmp_path: Path) -> None:
         (LENGTH, {"context_parallel_size": 3}, "context_parallel_size is 3, which does not divide the 2"),
         (LENGTH, {"context_parallel_size": 2, "carry_memory": True}, "carry_memory has no meaning"),
         (LENGTH, {"context_parallel_size": 2, "least_segments": 1}, "set least_segments to at least 2"),
+        (
+            LENGTH,
+            {"fsdp": "full_shard"},
+            "fsdp is set, and accelerate shards no weights of 2 processes on cpu",
+        ),
     ):
         for error in run_on(2, divided, str(tmp_path), length, settings):
             assert expected in error

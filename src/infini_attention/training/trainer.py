@@ -82,6 +82,11 @@ class InfiniTrainer(Trainer):
                 f"cuda_graphs is set and this process sees {self.args.n_gpu} GPUs, of which a captured step "
                 "uses one; show it one with CUDA_VISIBLE_DEVICES, or leave cuda_graphs out"
             )
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"fsdp is set, and accelerate shards no weights of {self.args.world_size} processes on "
+                f"{self.args.device.type}; start several with a GPU each, or leave fsdp out"
+            )
         self._set_compilation()
         model: Any = self.model
         self.model_accepts_loss_kwargs = True  # losses are sums over a whole step, accumulation included
