@@ -15,6 +15,7 @@ from infini_attention.ops import MemoryState, infini_attention
 from infini_attention.ops.context_parallel import incoming_recent, incoming_state
 from infini_attention.ops.convolution import recent_after
 from infini_attention.ops.step import infini_attention_step
+from infini_attention.ops.write import write_whole
 
 Rotation = tuple[Tensor, Tensor]
 """(cos, sin) of rotary positions, each (batch or 1, length, rotated_dim)."""
@@ -53,27 +54,6 @@ class SegmentContext(NamedTuple):
     def is_plain(self) -> bool:
         """Whether all rows are whole, each segment counts once, and this process has all of them."""
         return self.padding_mask is None and self.segment_weights is None and self.context_group is None
-
-    def of_whole(self, hidden: Tensor, segment_length: int) -> "SegmentContext":
-        """The same for the whole segments of `hidden`, (batch, length, size); this one begins with one.
-
-        No gradient can go further than `hidden`, so that there is nothing to stop.
-        """
-        segments, outside = hidden.shape[1] // segment_length, self.context_rotations
-        return self._replace(
-            rotations=_repeated(self.rotations, segment_length, segments),
-            context_rotations=None if outside is None else _repeated(outside, segment_length, segments),
-            stop_gradient=False,
-        )
-
-
-# Not inside of_whole: what is compiled does not take annotations that are evaluated there.
-def _repeated(rotations: dict[str, Rotation], segment_length: int, segments: int) -> dict[str, Rotation]:
-    """The rotations of so many whole segments, by those of tokens that begin with one."""
-    first = {kind: [x[:, :segment_length] for x in both] for kind, both in rotations.items()}
-    return {
-        kind: (cos.repeat(1, segments, 1), sin.repeat(1, segments, 1)) for kind, (cos, sin) in first.items()
-    }
 
 
 class FamilyAttentionMixin(nn.Module):
@@ -172,9 +152,8 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
         size = self.config.segment_length
         # A shorter call has no rotations of a whole segment, a padded one others: they go on from the state.
         if again is not None and segment_context.is_plain and hidden_states.shape[1] >= size:
-            hidden = again.hidden.to(hidden_states.dtype)
-            _, read = self._attend(hidden, again.before, segment_context.of_whole(hidden, size))
-            before = _state_after_rereading(read, again)
+            written = self._write_again(again, segment_context, hidden_states.dtype)
+            before = _of_rows_that_go_on(written, again)
         output, state = self._attend(hidden_states, before, segment_context)
         _hand_on(cache, self, state, Reading(before, hidden_states), segment_context)
         return output
@@ -222,6 +201,36 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
         if goes_on and seen is not None:
             state = _looking_back(state, before, seen, self.config.short_convolution - 1)
         return output, state
+
+    def _write_again(
+        self, reading: Reading, segment_context: SegmentContext, dtype: torch.dtype
+    ) -> MemoryState:
+        """The state after what was read, made anew by the key and value projections."""
+        before, size = reading.before, self.config.segment_length
+        recent = None if before is None else before.open_recent
+        hidden = reading.hidden.to(dtype)
+        _, key, value, seen = self.project(hidden, recent, segment_context)
+        context_key = None
+        if segment_context.context_rotations is not None:
+            cos, sin = segment_context.context_rotations[self.rotation_type]
+            times = hidden.shape[1] // size
+            rotation = cos[:, :size].repeat(1, times, 1), sin[:, :size].repeat(1, times, 1)
+            context_key = self._rotate_key(key, rotation)
+        state = write_whole(
+            key,
+            value,
+            segment_length=size,
+            update_rule=self.config.update_rule,
+            feature_map=self.config.feature_map,
+            normalization=self.config.normalization,
+            local_attention=self.config.local_attention,
+            sink_tokens=self.config.sink_tokens,
+            context_key=context_key,
+            state=before,
+        )
+        return (
+            state if seen is None else _looking_back(state, before, seen, self.config.short_convolution - 1)
+        )
 
     def _settings(self, query: Tensor, key: Tensor, segment_context: SegmentContext) -> dict[str, Any]:
         """What attention takes beside its tensors, of one token or many."""
@@ -298,8 +307,8 @@ def _state_of(
 
 
 @torch.compiler.disable
-def _state_after_rereading(state: MemoryState, again: Reading) -> MemoryState:
-    """The state after what was read again, of the rows whose text goes on."""
+def _of_rows_that_go_on(state: MemoryState, again: Reading) -> MemoryState:
+    """The state after what was read again, without rows whose text is over."""
     return (state if again.ended is None else state.forget(again.ended)).recounted()
 
 

@@ -26,10 +26,7 @@ def attend_in_segments(
     """Local attention of whole segments, (runs, heads, N, value_dim), and the state with the next context."""
     key, value, mask = inputs.local_key, inputs.seen_value, None
     if inputs.context_key is not None:
-        assert state.context_key is not None and state.context_value is not None
-        keys, next_key = _contexts(state.context_key, inputs.context_key, block, state)
-        values, next_value = _contexts(state.context_value, inputs.handed_on_value, block, state)
-        state = replace(state, context_key=next_key, context_value=next_value)
+        keys, values, state = hand_on(inputs.context_key, inputs.handed_on_value, block, state)
         if not all(block.first):
             key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
             mask = _mask(block, options.segment_length, keys.shape[2], keys.device)
@@ -37,6 +34,19 @@ def attend_in_segments(
         inputs.local_query, key, value, scale=options.scale, softcap=options.softcap, mask=mask
     )
     return local, state
+
+
+def hand_on(
+    key: Tensor, value: Tensor, block: Whole, state: MemoryState
+) -> tuple[Tensor, Tensor, MemoryState]:
+    """Keys and values outside each run that it sees, and the state with each row's next context.
+
+    `key` and `value` are those of the runs' tokens as later segments see them, (runs, kv_heads, N, dim).
+    """
+    assert state.context_key is not None and state.context_value is not None
+    keys, next_key = _contexts(state.context_key, key, block, state)
+    values, next_value = _contexts(state.context_value, value, block, state)
+    return keys, values, replace(state, context_key=next_key, context_value=next_value)
 
 
 def delayed(

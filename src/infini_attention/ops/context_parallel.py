@@ -15,7 +15,7 @@ Any rank may ask for gradients of an earlier one's keys and values, so every ran
 graphs have the same shape on all of them, the first included, which needs nothing of the others.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -29,9 +29,8 @@ from torch.autograd.function import once_differentiable
 from infini_attention.ops.infini import checked_weights, memory_map
 from infini_attention.ops.layout import plan
 from infini_attention.ops.options import Options, autocast_type
-from infini_attention.ops.parallel import write_segments
 from infini_attention.ops.state import MemoryState, state_dtype
-from infini_attention.ops.triton.availability import obstacle, weights_obstacle
+from infini_attention.ops.write import writer
 
 
 def incoming_state(
@@ -221,19 +220,9 @@ class _Run:
         if weights is not None:
             weights = checked_weights(weights[:, : layout.columns], layout, memory, self.options.update_rule)
             weights = layout.take_weights(weights, block)
-        write = self._writer(memory, weights)
+        write = writer(self.key, memory, weights, self.options.normalization)
         _, _, memory, normalizer = write(key, value, weights, memory, normalizer, block, self.options)
         return memory, normalizer
-
-    def _writer(self, memory: Tensor, weights: Tensor | None) -> Callable[..., Any]:
-        """The fused kernels where they can take the run, else torch."""
-        width, name = max(memory.shape[-2:]), self.options.normalization
-        reason = obstacle(self.key.device, self.key.dtype, width, name) or weights_obstacle(weights)
-        if reason is None:
-            from infini_attention.ops.triton import backend
-
-            return backend.write_segments
-        return write_segments
 
 
 def _linear(run: _Run, start: MemoryState, group: "dist.ProcessGroup") -> tuple[Tensor, Tensor]:

@@ -42,7 +42,8 @@ class Estimate:
 def estimate(model: Any, args: InfiniTrainingArguments, *, length: int) -> Estimate:
     """Needs of training `model`, which loses its contents, on rows of `length` tokens.
 
-    Nothing is carried from earlier steps here, nor read again, which costs each layer one more attention.
+    Nothing is carried from earlier steps here, nor read again, which costs each layer one more projection and
+    one more write of its memory.
     Activations are those that autograd keeps of one pass over tensors without contents ("meta"); time is
     counted in operations, at the speed of a matrix product on the device that would be used.
     """
