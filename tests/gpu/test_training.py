@@ -1,4 +1,4 @@
-"""Training on a GPU: captured steps do what steps that are launched kernel by kernel do."""
+"""Training on a GPU: captured and compiled steps do what steps that are launched kernel by kernel do."""
 
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,38 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         ids = torch.randint(0, 64, (length,), generator=torch.Generator().manual_seed(index))
         labels = ids.where(torch.arange(length) % 5 == index % 5, torch.tensor(-100))
         return {"input_ids": ids, "shift_labels": labels}
+
+
+class CarriedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Two segments a step, four steps a text; rows begin at different ones, or `together`."""
+
+    rows = ROWS
+
+    def __init__(self, together: bool) -> None:
+        self.together = together
+
+    def __len__(self) -> int:
+        return STEPS * ROWS
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        step, row = divmod(index, ROWS)
+        ids = torch.randint(0, 64, (2 * SEGMENT + 1,), generator=torch.Generator().manual_seed(index))
+        starts = step == 0 or (step + row * (not self.together)) % 4 == 0
+        return {"input_ids": ids[:-1], "shift_labels": ids[1:], "starts_document": torch.tensor(starts)}
+
+
+@pytest.mark.parametrize("local_attention", ["segment", "sliding"])
+@pytest.mark.parametrize("memory", MEMORIES, ids=lambda memory: memory["update_rule"])
+def test_carried_memories_may_be_compiled(
+    memory: dict[str, Any], local_attention: str, tmp_path: Path
+) -> None:
+    system, rows = memory | {"local_attention": local_attention}, CarriedRows(local_attention == "sliding")
+    (losses, _), (compiled, _), (elsewhere, _) = (
+        trained(system, False, False, tmp_path, rows, carry_memory=True, **settings)
+        for settings in ({}, {"torch_compile": True}, {"use_cpu": True})
+    )
+    torch.testing.assert_close(compiled, losses, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(elsewhere, losses, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("memory", MEMORIES, ids=lambda memory: memory["update_rule"])
@@ -105,7 +137,12 @@ def test_captured_steps_train_baselines_as_others_do(baseline: str, tmp_path: Pa
 
 
 def trained(
-    memory: dict[str, Any], bf16: bool, graphs: bool, folder: Path, **settings: Any
+    memory: dict[str, Any],
+    bf16: bool,
+    graphs: bool,
+    folder: Path,
+    rows: torch.utils.data.Dataset[dict[str, torch.Tensor]] | None = None,
+    **settings: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of every step, and all weights after the last."""
     args = InfiniTrainingArguments(
@@ -120,7 +157,7 @@ def trained(
         cuda_graphs=graphs,
         **settings,
     )
-    trainer = InfiniTrainer(model=small(memory), args=args, train_dataset=Rows())
+    trainer = InfiniTrainer(model=small(memory), args=args, train_dataset=rows or Rows())
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return torch.tensor(losses), flat(trainer.model)
