@@ -228,9 +228,9 @@ class InfiniAttentionMixin(FamilyAttentionMixin):
             context_key=context_key,
             state=before,
         )
-        return (
-            state if seen is None else _looking_back(state, before, seen, self.config.short_convolution - 1)
-        )
+        if seen is not None:
+            state = _looking_back(state, before, seen, self.config.short_convolution - 1)
+        return state
 
     def _settings(self, query: Tensor, key: Tensor, segment_context: SegmentContext) -> dict[str, Any]:
         """What attention takes beside its tensors, of one token or many."""

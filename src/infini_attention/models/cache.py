@@ -38,8 +38,8 @@ class InfiniCacheLayer(CacheLayerMixin):
         seen: tokens so far.
         keeps_readings: whether `reading` is wanted.
         reading: what the last call has read, where it was whole segments.
-        again: what the next call reads first once more, in place of `state`: gradients then reach the key and
-            value projections through what that leaves.
+        again: what the next call first reads again, and goes on from in place of `state`: gradients then
+            reach the key and value projections through what that leaves.
     """
 
     is_sliding = False
