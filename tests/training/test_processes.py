@@ -1,11 +1,16 @@
 """Training on several processes is training on one: data parallel, sharded, and over segments."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -26,6 +31,10 @@ ROWS, SEGMENT, LENGTH = 4, 8, 44  # a step's rows over all processes; five whole
 LAYERS_TOO = "over segments, layers checkpointed"
 SETTINGS: dict[str, dict[str, Any]] = {
     "data parallel": {},
+    "sharded": {
+        "fsdp": "full_shard auto_wrap",
+        "fsdp_config": {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"},
+    },
     "over segments": {"context_parallel_size": 2},
     LAYERS_TOO: {"context_parallel_size": 2, "gradient_checkpointing": True},
 }
@@ -40,6 +49,30 @@ class Rows(torch.utils.data.Dataset):
         labels = ids.clone()
         labels[: index % 13] = -100  # rows and processes that predict different numbers of tokens
         return {"input_ids": ids, "labels": labels}
+
+
+@contextmanager
+def sharding_allowed() -> Iterator[None]:
+    """Have accelerate shard weights, which it does on devices of other kinds than a CPU alone."""
+    prepare_backend = PartialState._prepare_backend
+
+    def prepared(self: PartialState, *arguments: Any, **settings: Any) -> tuple[str, DistributedType]:
+        prepare_backend(self, *arguments, **settings)
+        return "gloo", DistributedType.MULTI_HPU
+
+    def on_cpu(self: PartialState) -> None:
+        self.device = torch.device("cpu")
+
+    with (
+        mock.patch.object(PartialState, "_prepare_backend", prepared),
+        mock.patch.object(PartialState, "set_device", on_cpu),
+    ):
+        yield
+
+
+def train_sharded(folder: str, rule: str, settings: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
+    with sharding_allowed():
+        return train(folder, rule, settings)
 
 
 def train(folder: str, rule: str, settings: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
@@ -63,6 +96,7 @@ def train(folder: str, rule: str, settings: dict[str, Any]) -> tuple[list[float]
     )
     trainer = InfiniTrainer(model=model, args=args, train_dataset=Rows())
     trainer.train()
+    assert all(isinstance(x, DTensor) == ("fsdp" in settings) for x in trainer.model.parameters())
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     state: dict[str, Any] = trainer.model.state_dict()
     whole = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in state.items()}
@@ -78,7 +112,7 @@ def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize(
     ("how", "processes"),
-    [("data parallel", 2), ("over segments", 2), ("over segments", 4), (LAYERS_TOO, 2)],
+    [("data parallel", 2), ("sharded", 2), ("over segments", 2), ("over segments", 4), (LAYERS_TOO, 2)],
 )
 def test_several_processes_train_as_one_does(
     alone: tuple[str, Any], tmp_path: Path, how: str, processes: int
@@ -86,7 +120,7 @@ def test_several_processes_train_as_one_does(
     rule, (losses, parameters) = alone
     share = processes // SETTINGS[how].get("context_parallel_size", 1)
     settings = {"per_device_train_batch_size": ROWS // share} | SETTINGS[how]
-    found = run_on(processes, train, str(tmp_path), rule, settings)
+    found = run_on(processes, train_sharded if how == "sharded" else train, str(tmp_path), rule, settings)
     for ours, theirs in found:
         assert ours == pytest.approx(losses, abs=1e-4)
         for name, expected in parameters.items():
