@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from infini_attention.ops import infini_attention
+from infini_attention.ops import MemoryState, infini_attention
 from infini_attention.ops.cross_entropy import IGNORED, cross_entropy
+from infini_attention.ops.write import write_whole
 
 from .cases import (
     LAYOUTS,
@@ -273,9 +274,29 @@ def test_what_the_memory_has_nothing_for_reads_as_nothing(update_rule: str, head
         assert_equal(actual, wanted, tolerance=10 * TOLERANCE)
 
 
+@pytest.mark.parametrize("update_rule", ["linear", "delta"])
+@pytest.mark.parametrize("local_attention", ["segment", "sliding"])
+def test_what_is_written_alone_is_written_by_the_kernels(update_rule: str, local_attention: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    key, value, context_key = torch.randn(3, 2, 2, 24, 16, dtype=torch.float64, generator=generator)
+    settings = {"segment_length": 8, "update_rule": update_rule, "feature_map": "exp"}
+    settings |= {"local_attention": local_attention}
+
+    def written(dtype: torch.dtype) -> MemoryState:
+        tokens = key.to(dtype), value.to(dtype)
+        outside = None if local_attention == "segment" else context_key.to(dtype)
+        return write_whole(*tokens, context_key=outside, **settings)
+
+    wanted = written(torch.float64)  # which the kernels do not take
+    with mock.patch("infini_attention.ops.write.write_segments", None):
+        found = written(torch.float32)
+    for name, x in found.tensors().items():
+        assert_equal(x, wanted.tensors()[name], tolerance=TOLERANCE, what=name)
+
+
 def in_kernels_on_rank(task: Task) -> Result:
     """A rank's share, where the memories before runs are made by the kernels or not at all."""
-    with mock.patch("infini_attention.ops.context_parallel.write_segments", None):
+    with mock.patch("infini_attention.ops.write.write_segments", None):
         return on_rank(task)
 
 
