@@ -81,15 +81,7 @@ def incoming_state(
         _check_state(state, start, rank)
         start = state
 
-    options = Options(
-        segment_length=segment_length,
-        update_rule=update_rule,
-        feature_map=sigma,
-        normalization=normalization,
-        empty_memory="local",
-        scale=1.0,
-        softcap=None,
-    )
+    options = Options.of_writing(segment_length, update_rule, sigma, normalization)
     run = _Run(key, value, segment_weights, options)
     with torch.autocast(autocast_type(key.device), enabled=False):
         memory, normalizer = (_delta if update_rule == "delta" else _linear)(run, start, group)

@@ -29,6 +29,21 @@ class Options:
     scale: float
     softcap: float | None
 
+    @classmethod
+    def of_writing(
+        cls, segment_length: int, update_rule: str, feature_map: FeatureMap, normalization: str
+    ) -> "Options":
+        """Where nothing is read, and the others do not matter."""
+        return cls(
+            segment_length=segment_length,
+            update_rule=update_rule,
+            feature_map=feature_map,
+            normalization=normalization,
+            empty_memory="local",
+            scale=1.0,
+            softcap=None,
+        )
+
 
 @dataclass(frozen=True)
 class Inputs:

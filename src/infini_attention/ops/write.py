@@ -63,15 +63,7 @@ def write_whole(
             f"{length} tokens after {max(layout.open_lengths)} of an open segment are not whole segments of "
             f"{segment_length}; use infini_attention"
         )
-    options = Options(
-        segment_length=segment_length,
-        update_rule=update_rule,
-        feature_map=sigma,
-        normalization=normalization,
-        empty_memory="local",
-        scale=1.0,
-        softcap=None,
-    )
+    options = Options.of_writing(segment_length, update_rule, sigma, normalization)
     with torch.autocast(autocast_type(key.device), enabled=False):
         for block in layout.whole(first_apart=context_key is not None):
             state = _written(key, value, context_key, layout, block, state, options)
