@@ -130,11 +130,16 @@ def test_what_is_carried_matters_here(store: TokenStore) -> None:
 FRESH = torch.ones(ROWS, dtype=torch.bool)
 
 
+def going_on(carried: CarriedMemory, model: Any, starts: Tensor = ~FRESH) -> Any:
+    """The cache of the next step, in which rows start where `starts` says so."""
+    return carried.continued(model, {"starts_document": starts})[CACHE_ARGUMENT]
+
+
 def carried_through(model: Any, *steps: Tensor, **settings: Any) -> CarriedMemory:
     """What goes on after these steps, each (rows, length) ids of the same texts."""
     carried = CarriedMemory()
     for number, ids in enumerate(steps):
-        cache = carried.cache(model, ~FRESH if number else FRESH)
+        cache = going_on(carried, model, ~FRESH if number else FRESH)
         model(ids, use_cache=False, **{CACHE_ARGUMENT: cache}, **settings)
         carried.keep(cache)
     return carried
@@ -155,6 +160,19 @@ def ids_of(segments: int) -> Tensor:
     )
 
 
+def test_rows_that_start_come_first_and_others_stay_in_order() -> None:
+    model, ids, carried = make("sliding").train(), ids_of(1), CarriedMemory()
+    seen = []
+    for starts in ([1, 1, 1, 1], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1]):
+        batch = {"starts_document": torch.tensor(starts, dtype=torch.bool), "input_ids": ids, "number": 4}
+        inputs = carried.continued(model, batch)
+        assert {*inputs} == {"input_ids", "number", CACHE_ARGUMENT}
+        seen.append([int((ids == row).all(dim=1).nonzero()) for row in inputs["input_ids"]])
+        model(inputs["input_ids"], use_cache=False, **{CACHE_ARGUMENT: inputs[CACHE_ARGUMENT]})
+        carried.keep(inputs[CACHE_ARGUMENT])
+    assert seen == [[0, 1, 2, 3], [2, 0, 1, 3], [1, 2, 0, 3], [1, 2, 0, 3], [1, 3, 2, 0]]
+
+
 @pytest.mark.parametrize("name", ["transformer_xl", "memorizing", "segment", "sliding", "sink"])
 def test_what_was_carried_teaches_projections_as_within_a_row(name: str) -> None:
     """SG(h) is what is carried: keys and values of it are made by the weights of the step that sees them."""
@@ -162,7 +180,7 @@ def test_what_was_carried_teaches_projections_as_within_a_row(name: str) -> None
     first, second = ids.split(SEGMENT, dim=1)
     stopped = {"stop_gradient": True} if isinstance(model.config, InfiniConfigMixin) else {}
     carried = carried_through(model, first)
-    found = gradients(model, second, carried.cache(model, ~FRESH))
+    found = gradients(model, second, going_on(carried, model))
     wanted = gradients(model, ids, None, **stopped)
     assert {*found} == {*wanted} and found["model.layers.0.self_attn.k_proj.weight"].abs().max() > 1e-5
     for key, gradient in found.items():
@@ -184,7 +202,7 @@ def test_what_is_read_again_is_made_by_the_new_weights(name: str) -> None:
     carried = carried_through(model, first, second)
     with torch.no_grad():
         model.model.layers[0].self_attn.k_proj.weight.mul_(0.5)
-    cache, by_hand = carried.cache(model, ~FRESH), carried.cache(model, ~FRESH)
+    cache, by_hand = going_on(carried, model), going_on(carried, model)
     old = cache.layers[0].state
     model(third, use_cache=False, **{CACHE_ARGUMENT: cache})
     for layer in by_hand.layers:
@@ -210,7 +228,7 @@ def test_a_step_of_another_kind_goes_on_from_the_state(what: str) -> None:
     }[what]
     ids = ids[:, :2] if what == "short" else ids
     carried = carried_through(model, ids_of(1))
-    cache = carried.cache(model, ~FRESH)
+    cache = going_on(carried, model)
     plain = cache.without_readings()
     with torch.no_grad():
         found, wanted = (
@@ -277,18 +295,23 @@ def test_what_cannot_be_carried_is_refused(store: TokenStore, tmp_path: Path) ->
         training.train()
 
 
+@pytest.mark.parametrize("name", ["segment", "sliding", "sink"])
 def test_compiled_layers_are_compiled_for_no_step_and_no_layer_in_particular(
-    store: TokenStore, tmp_path: Path
+    name: str, tmp_path: Path
 ) -> None:
+    (tmp_path / "text.txt").write_text(string.ascii_letters * 40)
+    store = tokenized(Documents(f"{tmp_path}/text.txt"), byte_tokenizer(), tmp_path / "tokens")
+    data = SplitWindows(store, LENGTH, ROWS, ROWS)  # a row starts in each step
     graphs = []
-    for settings in ({"num_hidden_layers": 2, "max_steps": 3}, {"num_hidden_layers": 5, "max_steps": 7}):
+    for settings in ({"num_hidden_layers": 2, "max_steps": 3}, {"num_hidden_layers": 5, "max_steps": 9}):
         torch._dynamo.reset()
         counters = torch._dynamo.utils.counters
         counters.clear()
-        model = make("segment", num_hidden_layers=settings.pop("num_hidden_layers"))
+        model = make(name, num_hidden_layers=settings.pop("num_hidden_layers"))
         training = trainer(
             model, store, tmp_path, torch_compile=True, torch_compile_backend="eager", **settings
         )
+        training.train_dataset = data
         training.train()
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[1] > 0

@@ -142,7 +142,8 @@ def carried_gradients(rule: str) -> dict[str, Tensor]:
     ids = torch.randint(0, 64, (ROWS, 4 * SEGMENT), generator=torch.Generator().manual_seed(0)).chunk(ranks)
     carried = CarriedMemory()
     for number, step in enumerate(ids[rank].split(2 * SEGMENT, dim=1)):
-        cache = carried.cache(model, torch.full((ROWS // ranks,), number == 0))
+        starts = torch.full((ROWS // ranks,), number == 0)
+        cache = carried.continued(model, {"starts_document": starts})[CACHE_ARGUMENT]
         model.zero_grad()
         model(step, labels=step, use_cache=False, **{CACHE_ARGUMENT: cache}).loss.backward()
         carried.keep(cache)

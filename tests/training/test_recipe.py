@@ -360,7 +360,7 @@ def test_a_memory_is_carried_through_whole_rows_or_not_at_all(tmp_path: Path) ->
     for recipe, together in (
         (read_recipe(path, [carries, *through]).recipe, 1),
         (read_recipe(path, [carries, *through, "--data.carried_together=true"]).recipe, 8),
-        (read_recipe(path, [carries, *through, "--model.local_attention=sliding"]).recipe, 8),
+        (read_recipe(path, [carries, *through, "--model.local_attention=sliding"]).recipe, 1),
         (read_recipe(xl, [*through, "--training.gradient_accumulation_steps=2"]).recipe, 4),
     ):
         recipe.training.per_device_train_batch_size = 8 // recipe.training.gradient_accumulation_steps

@@ -29,6 +29,12 @@ class Reading:
     hidden: Tensor
     ended: Tensor | None = None
 
+    def select(self, rows: Tensor) -> "Reading":
+        """The given rows, in the given order; `rows` is (n,) integer."""
+        before = None if self.before is None else self.before.select(rows)
+        ended = None if self.ended is None else self.ended[rows]
+        return Reading(before, self.hidden.index_select(0, rows.to(self.hidden.device)), ended)
+
 
 class InfiniCacheLayer(CacheLayerMixin):
     """One layer's MemoryState, and how many tokens it has been given, padding included.

@@ -12,6 +12,7 @@ from infini_attention.baselines.recurrent_memory import MemoryVectors
 from infini_attention.baselines.state import SegmentState
 from infini_attention.baselines.transformer_xl import TransformerXLState
 from infini_attention.models.cache import InfiniCache, InfiniCacheLayer, Reading
+from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.models.config import InfiniConfigMixin
 from infini_attention.ops import MemoryState
 
@@ -41,48 +42,78 @@ class Carried(NamedTuple):
     seen: int
     reading: Reading | None
 
+    def select(self, rows: Tensor) -> "Carried":
+        """The given rows, in the given order."""
+        state, reading = self.state, self.reading
+        return self._replace(
+            state=None if state is None else state.select(rows),
+            reading=None if reading is None else reading.select(rows),
+        )
+
 
 class CarriedMemory:
     """The states of a batch's rows between two steps, without the graphs that made them.
 
     A memory's last step is read again, layer by layer, before the next one goes on: what it left is then made
     by the weights of the step that reads it, and teaches the key and value projections.
+
+    Rows go through the model in an order of their own: those that start afresh before those that go on, which
+    stay as they were. Where as many do in every step, they are in the same places, for which layers can be
+    compiled.
     """
 
     def __init__(self) -> None:
         self._carried: list[Carried] = []  # by layer
+        self._order = torch.empty(0, dtype=torch.int64)  # the batch's rows, as the states have them
 
-    def cache(self, model: Any, starts: Tensor | None) -> InfiniCache:
-        """A cache that goes on from the last step; rows start afresh where `starts`, (rows,) bool, says so.
+    def continued(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch, its rows in order, with a cache that goes on from the last step.
 
-        Raises ValueError where the batch does not say which rows do, or has other rows than the last one; for
-        a model that carries all keys; and for a baseline some of whose rows start and others do not.
+        Rows start afresh where `starts_document`, (rows,) bool, says so; what is returned has it no more.
+        Raises ValueError where a batch has none, or has other rows than the last one; for a model that
+        carries all keys; and for a baseline some of whose rows start and others do not.
         """
         cache = _empty_cache(model)
+        starts = inputs.get("starts_document")
         if starts is None:
             raise ValueError(
                 "carry_memory is set and the batch has no starts_document, (rows,) bool; use CarriedWindows "
                 "or SplitWindows, or add it to every example"
             )
-        starts = starts.cpu()
+        starts = self._turned(starts.cpu())
         layers: list[Any] = cache.layers
         for layer in layers:
             layer.keeps_readings = True
+        if self._carried and not bool(starts.all()):
+            ended = starts if bool(starts.any()) else None
+            for layer, (state, seen, reading) in zip(layers, self._carried, strict=True):
+                layer.state, layer.seen = _without(state, starts), seen
+                layer.again = None if reading is None else replace(reading, ended=ended)
+        return self._ordered(inputs) | {CACHE_ARGUMENT: cache}
+
+    def _turned(self, starts: Tensor) -> Tensor:
+        """Put rows that start afresh before the others; returns `starts` in the new order."""
         if not self._carried:
-            return cache
-        rows = next(each.state for each in self._carried if each.state is not None).batch_size
-        if len(starts) != rows:
+            self._order = torch.arange(len(starts))
+        if len(starts) != len(self._order):
             raise ValueError(
-                f"the batch has {len(starts)} rows, the memory carried to it {rows}; "
+                f"the batch has {len(starts)} rows, the memory carried to it {len(self._order)}; "
                 "give batches of equal size: dataloader_drop_last=True"
             )
-        if bool(starts.all()):
-            return cache
-        ended = starts if bool(starts.any()) else None
-        for layer, (state, seen, reading) in zip(layers, self._carried, strict=True):
-            layer.state, layer.seen = _without(state, starts), seen
-            layer.again = None if reading is None else replace(reading, ended=ended)
-        return cache
+        starts = starts[self._order]
+        places = torch.argsort(~starts, stable=True)
+        if not torch.equal(places, torch.arange(len(places))):
+            self._order = self._order[places]
+            self._carried = [each.select(places) for each in self._carried]
+        return starts[places]
+
+    def _ordered(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch with its rows as the states have them, and without what says which start."""
+        rows, taken = len(self._order), {key: x for key, x in inputs.items() if key != "starts_document"}
+        if torch.equal(self._order, torch.arange(rows)):
+            return taken
+        columns = {key: x for key, x in taken.items() if isinstance(x, Tensor) and x.shape[:1] == (rows,)}
+        return taken | {key: x[self._order.to(x.device)] for key, x in columns.items()}
 
     def keep(self, cache: InfiniCache) -> None:
         """Take over the states after a step."""
@@ -91,9 +122,9 @@ class CarriedMemory:
             Carried(*_kept(layer.state, layer.seen), _reading(layer.reading)) for layer in layers
         ]
 
-    def save(self) -> list[dict[str, Any]]:
-        """What `load` takes, of each layer: tensors, numbers and names only."""
-        return [
+    def save(self) -> dict[str, Any]:
+        """What `load` takes: tensors, numbers and names only."""
+        layers = [
             {
                 "state": _written(state),
                 "seen": seen,
@@ -102,15 +133,16 @@ class CarriedMemory:
             }
             for state, seen, reading in self._carried
         ]
+        return {"order": self._order, "layers": layers}
 
-    def load(self, saved: list[dict[str, Any]], device: torch.device) -> None:
+    def load(self, saved: dict[str, Any], device: torch.device) -> None:
         """Go on, on `device`, from what `save` gave."""
 
         def made(name: str, fields: dict[str, Any]) -> Any:
             return STATES[name](**fields).to(device) if name else None
 
-        self._carried = []
-        for each in saved:
+        self._order, self._carried = saved["order"], []
+        for each in saved["layers"]:
             hidden = each["read"]
             reading = None if hidden is None else Reading(made(*each["read_after"]), hidden.to(device))
             self._carried.append(Carried(made(*each["state"]), each["seen"], reading))

@@ -138,9 +138,7 @@ def _rows(stores: list[TokenStore], recipe: Recipe) -> Dataset:
         if data.carried_length is None:
             return CarriedWindows(stores[0], data.length, rows, seed=args.seed)
         parts = data.carried_length // data.length
-        # Baselines keep one count of tokens for a batch; what sees the segment before takes a mask where only
-        # some rows have one.
-        by_rows = recipe.model.baseline is None and recipe.model.local_attention == "segment"
+        by_rows = recipe.model.baseline is None  # these keep one count of tokens for a batch
         together = rows if data.carried_together else 1 if by_rows else args.per_device_train_batch_size
         return SplitWindows(stores[0], data.length, rows, parts, together=together, seed=args.seed)
     return ConcatDataset([_single_rows(store, recipe.data) for store in stores])

@@ -224,9 +224,10 @@ class InfiniTrainer(Trainer):
     ) -> Tensor:
         """Forward and backward of one drawn batch: shared out, with the memory carried to it."""
         inputs = self._context.share(self._prepare_inputs(inputs), self._segment_length)
-        starts = inputs.pop("starts_document", None)
         if self.args.carry_memory:
-            inputs[CACHE_ARGUMENT] = self._carried[self._batch].cache(self.model, starts)
+            inputs = self._carried[self._batch].continued(self.model, inputs)
+        else:
+            inputs.pop("starts_document", None)
         observed = dict(inputs)
         if self.args.carry_memory:
             observed[CACHE_ARGUMENT] = inputs[CACHE_ARGUMENT].copy()  # the step moves its own on
