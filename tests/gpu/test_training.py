@@ -49,12 +49,9 @@ class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 class CarriedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Two segments a step, four steps a text; rows begin at different ones, or `together`."""
+    """Two segments a step, four steps a text; rows begin at different ones."""
 
     rows = ROWS
-
-    def __init__(self, together: bool) -> None:
-        self.together = together
 
     def __len__(self) -> int:
         return STEPS * ROWS
@@ -62,7 +59,7 @@ class CarriedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         step, row = divmod(index, ROWS)
         ids = torch.randint(0, 64, (2 * SEGMENT + 1,), generator=torch.Generator().manual_seed(index))
-        starts = step == 0 or (step + row * (not self.together)) % 4 == 0
+        starts = step == 0 or (step + row) % 4 == 0
         return {"input_ids": ids[:-1], "shift_labels": ids[1:], "starts_document": torch.tensor(starts)}
 
 
@@ -71,7 +68,7 @@ class CarriedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 def test_carried_memories_may_be_compiled(
     memory: dict[str, Any], local_attention: str, tmp_path: Path
 ) -> None:
-    system, rows = memory | {"local_attention": local_attention}, CarriedRows(local_attention == "sliding")
+    system, rows = memory | {"local_attention": local_attention}, CarriedRows()
     (losses, _), (compiled, _), (elsewhere, _) = (
         trained(system, False, False, tmp_path, rows, carry_memory=True, **settings)
         for settings in ({}, {"torch_compile": True}, {"use_cpu": True})
