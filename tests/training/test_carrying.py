@@ -27,6 +27,8 @@ from ..baselines.cases import SIZES, make_baseline
 SEGMENT, LENGTH, PARTS, ROWS = 4, 8, 3, 4
 VOCABULARY = 384
 SYSTEMS = ["segment", "sliding", "sink", "convolved", *(name for name in BASELINES if name != "full")]
+CASES: list[tuple[str, bool | None]] = [(name, None) for name in SYSTEMS]
+CASES += [("segment", True), ("convolved", True), ("sliding", False), ("sink", False)]
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +78,10 @@ def loss_of_whole_texts(model: Any, data: SplitWindows, step: int) -> float:
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize(("name", "read_again"), CASES)
 @torch.no_grad()
 def test_a_step_goes_on_where_the_rows_stopped(
-    name: str, accumulated: int, store: TokenStore, tmp_path: Path
+    name: str, read_again: bool | None, accumulated: int, store: TokenStore, tmp_path: Path
 ) -> None:
     model = make(name).train()
     sizes = {"per_device_train_batch_size": ROWS // accumulated, "gradient_accumulation_steps": accumulated}
@@ -88,6 +90,7 @@ def test_a_step_goes_on_where_the_rows_stopped(
         store,
         tmp_path,
         max_steps=18,
+        read_again=read_again,
         learning_rate=0.0,
         gate_learning_rate=0.0,
         weight_decay=0.0,
@@ -103,11 +106,14 @@ def test_a_step_goes_on_where_the_rows_stopped(
     assert logged == pytest.approx(expected, abs=1e-5) and len(logged) == 18
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_what_is_carried_is_in_checkpoints(name: str, store: TokenStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "read_again"), CASES)
+def test_what_is_carried_is_in_checkpoints(
+    name: str, read_again: bool | None, store: TokenStore, tmp_path: Path
+) -> None:
     def losses(resumed: bool) -> dict[int, float]:
         sizes = {"per_device_train_batch_size": ROWS // 2, "gradient_accumulation_steps": 2, "max_steps": 13}
-        training = trainer(make(name), store, tmp_path, save_strategy="steps", save_steps=10, **sizes)
+        settings = {"save_strategy": "steps", "save_steps": 10, "read_again": read_again}
+        training = trainer(make(name), store, tmp_path, **sizes, **settings)
         assert training.train_dataset.steps == 9  # the checkpoint is of the second epoch
         training.train(str(tmp_path / "checkpoint-10") if resumed else None)
         return {entry["step"]: entry["loss"] for entry in training.state.log_history if "loss" in entry}
@@ -137,7 +143,7 @@ def going_on(carried: CarriedMemory, model: Any, starts: Tensor = ~FRESH) -> Any
 
 def carried_through(model: Any, *steps: Tensor, **settings: Any) -> CarriedMemory:
     """What goes on after these steps, each (rows, length) ids of the same texts."""
-    carried = CarriedMemory()
+    carried = CarriedMemory(read_again=True)
     for number, ids in enumerate(steps):
         cache = going_on(carried, model, ~FRESH if number else FRESH)
         model(ids, use_cache=False, **{CACHE_ARGUMENT: cache}, **settings)
@@ -161,7 +167,7 @@ def ids_of(segments: int) -> Tensor:
 
 
 def test_rows_that_start_come_first_and_others_stay_in_order() -> None:
-    model, ids, carried = make("sliding").train(), ids_of(1), CarriedMemory()
+    model, ids, carried = make("sliding").train(), ids_of(1), CarriedMemory(read_again=True)
     seen = []
     for starts in ([1, 1, 1, 1], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1]):
         batch = {"starts_document": torch.tensor(starts, dtype=torch.bool), "input_ids": ids, "number": 4}
@@ -214,6 +220,26 @@ def test_what_is_read_again_is_made_by_the_new_weights(name: str) -> None:
         if key != "length":
             torch.testing.assert_close(x, wanted.tensors()[key], msg=key)
     assert not torch.allclose(found.memory, old.memory)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "again"),
+    [
+        ("segment", None, False),
+        ("segment", True, True),
+        ("sliding", None, True),
+        ("sink", None, True),
+        ("sliding", False, False),
+        ("transformer_xl", None, False),
+    ],
+)
+def test_a_training_reads_again_where_it_is_told_or_keys_of_other_segments_are_seen(
+    name: str, given: bool | None, again: bool, store: TokenStore, tmp_path: Path
+) -> None:
+    training = trainer(make(name), store, tmp_path, max_steps=2, read_again=given)
+    training.train()
+    layers = training._own_state()["carried"][0]["layers"]
+    assert {each["read"] is not None for each in layers} == {again}
 
 
 @pytest.mark.parametrize("what", ["padded", "weighted", "short"])
@@ -289,6 +315,10 @@ def test_rows_of_a_baseline_start_afresh_together(store: TokenStore, tmp_path: P
 def test_what_cannot_be_carried_is_refused(store: TokenStore, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a FullAttentionLlamaConfig has nothing of fixed size to carry"):
         trainer(make("full"), store, tmp_path).train()
+    with pytest.raises(ValueError, match=r"read_again is True, and a TransformerXLLlamaConfig has no memory"):
+        trainer(make("transformer_xl"), store, tmp_path, read_again=True)
+    with pytest.raises(ValueError, match=r"read_again is False, and nothing is carried from step to step"):
+        trainer(make("segment"), store, tmp_path, carry_memory=False, read_again=False)
     training = trainer(make("segment"), store, tmp_path)
     training.train_dataset = Windows(store, LENGTH)
     with pytest.raises(ValueError, match="the batch has no starts_document"):

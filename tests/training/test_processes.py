@@ -140,7 +140,7 @@ def carried_gradients(rule: str) -> dict[str, Tensor]:
             fully_shard(module, mesh=init_device_mesh("cpu", (ranks,)))
         fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
     ids = torch.randint(0, 64, (ROWS, 4 * SEGMENT), generator=torch.Generator().manual_seed(0)).chunk(ranks)
-    carried = CarriedMemory()
+    carried = CarriedMemory(read_again=True)
     for number, step in enumerate(ids[rank].split(2 * SEGMENT, dim=1)):
         starts = torch.full((ROWS // ranks,), number == 0)
         cache = carried.continued(model, {"starts_document": starts})[CACHE_ARGUMENT]

@@ -357,6 +357,8 @@ def test_a_memory_is_carried_through_whole_rows_or_not_at_all(tmp_path: Path) ->
     ):
         read_recipe(xl)
     through = ["--data.carried_length=128"]
+    with pytest.raises(ValueError, match=r"which has no use for training.read_again; leave out"):
+        read_recipe(xl, [*through, "--training.read_again=true"])
     for recipe, together in (
         (read_recipe(path, [carries, *through]).recipe, 1),
         (read_recipe(path, [carries, *through, "--data.carried_together=true"]).recipe, 8),
@@ -465,6 +467,7 @@ CARRIED = {"length": 32, "carried_length": 64}
     [
         {"data": {"pack": True}},
         {"training": {"carry_memory": True}},
+        {"training": {"carry_memory": True, "read_again": True}},
         {"training": {"carry_memory": True, "gradient_accumulation_steps": 2}, "data": CARRIED},
         {"training": {"least_segments": 2, "repeat_ceiling": 10.0, "curriculum_steps": 3}},
         {"training": {"checkpoint_segments": 1, "detach_every": 2, "gradient_accumulation_steps": 2}},
@@ -486,6 +489,7 @@ def test_every_way_to_train_ends_with_figures(tmp_path: Path, changes: dict[str,
     assert figures.get("stop_gradient", False) == reading.recipe.training.stop_gradient
     through = reading.recipe.data.carried_length or "documents"
     assert figures.get("carried_through") == (through if reading.recipe.training.carry_memory else None)
+    assert figures.get("read_again") == reading.recipe.training.read_again
     assert figures.get("gate_init") == (-2.0 if changes == {"model": {"gate_init": -2.0}} else None)
     without = not reading.recipe.model.memory
     assert (figures["gate_max"] == 0) == without

@@ -355,6 +355,8 @@ def _system(model: Any, trained: dict[str, Any] | None) -> str:
     if trained.get("carried_through"):
         together = ", together" if trained.get("carried_together") else ""
         names.append(f"carried through {trained['carried_through']}{together}")
+    if trained.get("read_again") is not None:
+        names.append("read again" if trained["read_again"] else "not read again")
     return ", ".join(names)
 
 

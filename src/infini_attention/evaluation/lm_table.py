@@ -30,6 +30,7 @@ OF_TRAINING = (  # what seeds have in common
     "gate_learning_rate",
     "row_tokens",
     "carried_through",
+    "read_again",
     "carried_together",
 )
 CALLED_OTHERWISE = "call one of them otherwise, as NAME=FILE"  # where two files of a name are no seeds

@@ -37,11 +37,13 @@ class InfiniTrainingArguments(TrainingArguments):
         stop_gradient: what memory is to hold, and what later segments see, teaches each layer's key and
             value projections, and not the layers below, as in Transformer-XL.
         carry_memory: the memory, or what a baseline carries, goes on from step to step, row by row, and
-            starts afresh where a row's `starts_document` says so. Each layer first reads again what the step
-            before it has read (its last run alone, where there are several by `checkpoint_segments` or
-            `detach_every`), if that was whole segments that count once: gradients reach the key and value
-            projections through it, and nothing older. See `CarriedWindows` and `SplitWindows` of
+            starts afresh where a row's `starts_document` says so. See `CarriedWindows` and `SplitWindows` of
             `infini_attention.data.windows`.
+        read_again: each layer whose memory is carried first reads again what the step before has read (its
+            last run alone, where there are several by `checkpoint_segments` or `detach_every`), if that was
+            whole segments that count once: gradients reach the key and value projections through it, and
+            nothing older. None for where local attention sees other segments, whose keys nothing else
+            teaches across a step.
         context_parallel_size: so many processes share each sequence, a run of whole segments each.
         cuda_graphs: forward and backward of each shape of batch are captured as a CUDA graph once and then
             replayed, for small models that wait for the host; on one GPU. On a CPU there is nothing to
@@ -74,6 +76,7 @@ class InfiniTrainingArguments(TrainingArguments):
     detach_every: int | None = field(default=None)
     stop_gradient: bool = field(default=False)
     carry_memory: bool = field(default=False)
+    read_again: bool | None = field(default=None)
     context_parallel_size: int = field(default=1)
     cuda_graphs: bool = field(default=False)
     ema_decay: float | None = field(default=None)
@@ -121,6 +124,11 @@ class InfiniTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"carry_memory is set and least_segments is {self.least_segments}: what is cut off would be "
                 "missing from the document; leave one of them out"
+            )
+        if self.read_again is not None and not self.carry_memory:
+            raise ValueError(
+                f"read_again is {self.read_again}, and nothing is carried from step to step; set "
+                "carry_memory, or leave it out"
             )
         if self.carry_memory and self.dataloader_persistent_workers:
             raise ValueError(

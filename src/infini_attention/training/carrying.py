@@ -54,15 +54,16 @@ class Carried(NamedTuple):
 class CarriedMemory:
     """The states of a batch's rows between two steps, without the graphs that made them.
 
-    A memory's last step is read again, layer by layer, before the next one goes on: what it left is then made
-    by the weights of the step that reads it, and teaches the key and value projections.
+    With `read_again` a memory's last step is read again, layer by layer, before the next one goes on: what it
+    left is then made by the weights of the step that reads it, and teaches the key and value projections.
 
     Rows go through the model in an order of their own: those that start afresh before those that go on, which
     stay as they were. Where as many do in every step, they are in the same places, for which layers can be
     compiled.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, read_again: bool) -> None:
+        self._read_again = read_again
         self._carried: list[Carried] = []  # by layer
         self._order = torch.empty(0, dtype=torch.int64)  # the batch's rows, as the states have them
 
@@ -83,7 +84,7 @@ class CarriedMemory:
         starts = self._turned(starts.cpu())
         layers: list[Any] = cache.layers
         for layer in layers:
-            layer.keeps_readings = True
+            layer.keeps_readings = self._read_again
         if self._carried and not bool(starts.all()):
             ended = starts if bool(starts.any()) else None
             for layer, (state, seen, reading) in zip(layers, self._carried, strict=True):

@@ -346,6 +346,7 @@ class Recipe:
             "training.observe_steps": training.observe_steps > 0,
             "training.repeat_ceiling": training.repeat_ceiling > 1,
             "training.stop_gradient": training.stop_gradient,
+            "training.read_again": training.read_again is not None,
         }
         if name == "full":
             given["training.carry_memory"] = training.carry_memory

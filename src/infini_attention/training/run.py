@@ -101,6 +101,8 @@ def _untold(recipe: Recipe) -> dict[str, Any]:
         told["row_tokens"] = data.length
     if args.carry_memory:
         told["carried_through"] = data.carried_length or "documents"
+    if args.read_again is not None:
+        told["read_again"] = args.read_again
     if data.carried_together:
         told["carried_together"] = True
     if args.stop_gradient:

@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from infini_attention.models.adapters import is_adapted, save_config
 from infini_attention.models.compat import CACHE_ARGUMENT
+from infini_attention.models.config import InfiniConfigMixin
 from infini_attention.models.inputs import packed_documents
 from infini_attention.models.loss import predicted, shifted
 from infini_attention.models.observe import Observation, gate_logits, gated_layers, observe
@@ -382,7 +383,15 @@ class InfiniTrainer(Trainer):
         return inputs
 
     def _nothing_carried(self) -> list[CarriedMemory]:
-        return [CarriedMemory() for _ in range(self.args.gradient_accumulation_steps)]
+        again = self.args.read_again
+        if again is not None and not isinstance(self._config, InfiniConfigMixin):
+            raise ValueError(
+                f"read_again is {again}, and a {type(self._config).__name__} has no memory that could be "
+                "read again; leave it out"
+            )
+        if again is None:
+            again = getattr(self._config, "local_attention", "segment") != "segment"
+        return [CarriedMemory(read_again=again) for _ in range(self.args.gradient_accumulation_steps)]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.carry_memory:
