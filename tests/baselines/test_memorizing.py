@@ -140,6 +140,23 @@ def test_the_lookup_is_exact_whatever_is_compared_at_once(
         torch.testing.assert_close(ours, wanted)
 
 
+@pytest.mark.parametrize("pairs", [17, 300])
+def test_a_row_looks_up_its_latest_pairs_alone(pairs: int) -> None:
+    torch.manual_seed(0)
+    latest = torch.tensor([pairs, pairs // 2, 3, 1, 0])
+    query = torch.randn(5, HEADS, 4, WIDTH, dtype=torch.float64, requires_grad=True)
+    key = torch.nn.functional.normalize(torch.randn(5, KV_HEADS, pairs, WIDTH, dtype=torch.float64), dim=-1)
+    value = torch.randn(5, KV_HEADS, pairs, 6, dtype=torch.float64)
+    scale = torch.rand(HEADS, dtype=torch.float64)
+    found = lookup(query, key, value, scale, neighbors=4, latest=latest)
+    for row, count in enumerate([pairs, pairs // 2, 3, 1, 1]):
+        own = (x[row : row + 1, :, -count:] for x in (key, value))
+        expected = lookup(query[row : row + 1], *own, scale, neighbors=4)
+        torch.testing.assert_close(found[row : row + 1], expected)
+    (gradient,) = torch.autograd.grad(found.square().sum(), query)
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("pairs", [5, 96, 97, 128, 1000])
 def test_the_largest_of_the_best_blocks_are_the_largest_of_all(pairs: int) -> None:
     torch.manual_seed(0)

@@ -41,7 +41,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 
 def make(name: str, **sizes: int) -> Any:
     if name in BASELINES:
-        return make_baseline(name, segment_length=SEGMENT, vocab_size=VOCABULARY)
+        sinks = {"sinks": 0} if name == "sliding_window" else {}  # which start together
+        return make_baseline(name, segment_length=SEGMENT, vocab_size=VOCABULARY, **sinks)
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": VOCABULARY} | sizes))
     settings = {"update_rule": "delta", "sink_tokens": 2, "gate_init": 1.0}
@@ -60,9 +61,7 @@ def trainer(model: Any, store: TokenStore, folder: Path, **settings: Any) -> Inf
     fixed = {"per_device_train_batch_size": ROWS, "logging_steps": 1, "report_to": "none", "use_cpu": True}
     fixed |= {"save_strategy": "no", "disable_tqdm": True, "carry_memory": True}
     args = InfiniTrainingArguments(output_dir=str(folder), **fixed | settings)
-    together = 1 if isinstance(model.config, InfiniConfigMixin) else args.per_device_train_batch_size
-    data = SplitWindows(store, LENGTH, ROWS, PARTS, together=together)
-    return InfiniTrainer(model=model, args=args, train_dataset=data)
+    return InfiniTrainer(model=model, args=args, train_dataset=SplitWindows(store, LENGTH, ROWS, PARTS))
 
 
 def loss_of_whole_texts(model: Any, data: SplitWindows, step: int) -> float:
@@ -304,12 +303,14 @@ def test_memory_vectors_come_with_the_first_whole_segment(store: TokenStore, tmp
     assert logged == pytest.approx(expected, abs=1e-5)
 
 
-def test_rows_of_a_baseline_start_afresh_together(store: TokenStore, tmp_path: Path) -> None:
-    training = trainer(make("transformer_xl"), store, tmp_path, max_steps=8)
-    documents = CarriedWindows(store, LENGTH, ROWS)
-    training.train_dataset = documents
-    with pytest.raises(ValueError, match=r"of 4 rows start afresh, and those of baselines do so together"):
-        training.train()
+def test_rows_of_baselines_that_cannot_start_alone_are_refused(store: TokenStore, tmp_path: Path) -> None:
+    open_ends = trainer(make("transformer_xl"), store, tmp_path, max_steps=8)
+    open_ends.train_dataset = SplitWindows(store, SEGMENT // 2, ROWS, 3)
+    with pytest.raises(ValueError, match=r"rows start afresh 2 tokens after a segment's start"):
+        open_ends.train()
+    sinks = make_baseline("sliding_window", segment_length=SEGMENT, vocab_size=VOCABULARY)
+    with pytest.raises(ValueError, match=r"rows have 8 to 16 tokens, and those with sinks start together"):
+        trainer(sinks, store, tmp_path, max_steps=8).train()
 
 
 def test_what_cannot_be_carried_is_refused(store: TokenStore, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from infini_attention.baselines import BASELINES
 from infini_attention.cli import main
 from infini_attention.data.tokenizers import open_tokenizer
+from infini_attention.data.windows import CarriedWindows
 from infini_attention.models import FAMILIES, load_model
 from infini_attention.models.adapters import is_adapter, save_config
 from infini_attention.training.estimate import _counting, _kept
@@ -352,10 +353,10 @@ def test_a_memory_is_carried_through_whole_rows_or_not_at_all(tmp_path: Path) ->
             read_recipe(path, options)
     (tmp_path / "xl").mkdir()
     xl = write(tmp_path / "xl", model={"baseline": "transformer_xl"}, training={"carry_memory": True})
-    with pytest.raises(
-        ValueError, match=r"rows of model.baseline 'transformer_xl' start afresh together; set"
-    ):
-        read_recipe(xl)
+    open_ends = "--model.segment_length=48"
+    with pytest.raises(ValueError, match=r"rows of model.baseline 'transformer_xl' start together where"):
+        load_material(read_recipe(xl, [open_ends]).recipe)
+    assert isinstance(load_material(read_recipe(xl).recipe).train, CarriedWindows)
     through = ["--data.carried_length=128"]
     with pytest.raises(ValueError, match=r"which has no use for training.read_again; leave out"):
         read_recipe(xl, [*through, "--training.read_again=true"])
@@ -363,7 +364,8 @@ def test_a_memory_is_carried_through_whole_rows_or_not_at_all(tmp_path: Path) ->
         (read_recipe(path, [carries, *through]).recipe, 1),
         (read_recipe(path, [carries, *through, "--data.carried_together=true"]).recipe, 8),
         (read_recipe(path, [carries, *through, "--model.local_attention=sliding"]).recipe, 1),
-        (read_recipe(xl, [*through, "--training.gradient_accumulation_steps=2"]).recipe, 4),
+        (read_recipe(xl, through).recipe, 1),
+        (read_recipe(xl, [*through, open_ends, "--training.gradient_accumulation_steps=2"]).recipe, 4),
     ):
         recipe.training.per_device_train_batch_size = 8 // recipe.training.gradient_accumulation_steps
         material = load_material(recipe)

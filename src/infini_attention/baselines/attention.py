@@ -48,7 +48,8 @@ class SegmentAttentionMixin(FamilyAttentionMixin):
         layer = pop_cache(kwargs).layers[self.layer_idx]
         before = self.state_class.before(key, value) if layer.state is None else self.resumed(layer.state)
         state = before.extended(key, value)
-        output = self.attend(query, state, position_embeddings, piece.mask)
+        mask = _mask_of_rows(piece.mask, state, query)
+        output = self.attend(query, state, position_embeddings, mask)
         layer.advance(self.close(state, hidden_states) if piece.ends else state, piece.tokens)
         return self.o_proj(output.transpose(1, 2).flatten(2)), None
 
@@ -83,3 +84,17 @@ class SegmentAttentionMixin(FamilyAttentionMixin):
     def close(self, state: Any, hidden_states: Tensor) -> Any:
         """What is kept of a segment that its last tokens, `hidden_states`, have completed."""
         return state.forgotten()
+
+
+def _mask_of_rows(mask: Tensor | None, state: SegmentState, query: Tensor) -> Tensor | None:
+    """`mask` where rows see all that is kept; else (batch, 1, new, seen), of which a row sees its own text.
+
+    The `state` is that with the new tokens, those of the `query`.
+    """
+    new, seen = query.shape[2], state.cached_key.shape[2] + state.key.shape[2]
+    if bool((state.length >= seen).all()):
+        return mask
+    if mask is None:
+        mask = torch.ones(new, seen, dtype=torch.bool, device=query.device).tril(seen - new)
+    first = (seen - state.length).to(query.device)  # place of the row's first token that is kept
+    return mask & (torch.arange(seen, device=query.device) >= first[:, None, None, None])

@@ -134,25 +134,31 @@ class MemorizingAttentionMixin(TransformerXLAttentionMixin):
     def attend(self, query: Tensor, state: Any, rotation: Rotation, mask: Tensor | None) -> Tensor:
         """All heads' outputs, (batch, heads, new, head_dim), for a `query` of that shape, not rotated."""
         local = super().attend(query, state, rotation, mask)
-        if not state.memory_key.shape[2]:
+        pairs = state.memory_key.shape[2]
+        if not pairs:
             return local
+        own = (state.length - state.key.shape[2]).clamp(max=pairs)  # of a row's own text
         found = lookup(
-            query, state.memory_key, state.memory_value, self.lookup_scale(), neighbors=self.config.neighbors
+            query,
+            state.memory_key,
+            state.memory_value,
+            self.lookup_scale(),
+            neighbors=self.config.neighbors,
+            latest=None if bool((own == pairs).all()) else own,
         )
         share = self.memory_gate().to(found.dtype).sigmoid()[:, None, None]
+        share = share * (own > 0).to(share)[:, None, None, None]
         return torch.lerp(local.to(found.dtype), found, share).to(local.dtype)
 
     def close(self, state: Any, hidden_states: Tensor) -> Any:
         """What is kept of a segment that is complete: in memory, and in the local cache."""
         key = F.normalize(state.key.detach().to(state_dtype(state.key.dtype)), dim=-1).to(state.key.dtype)
+        most = min(self.config.memory_size, int(state.length.max()))  # rows that started anew need fewer
         return replace(
             super().close(state, hidden_states),
-            memory_key=self._latest(state.memory_key, key),
-            memory_value=self._latest(state.memory_value, state.value.detach()),
+            memory_key=torch.cat([state.memory_key, key], dim=2)[:, :, -most:],
+            memory_value=torch.cat([state.memory_value, state.value.detach()], dim=2)[:, :, -most:],
         )
-
-    def _latest(self, memory: Tensor, new: Tensor) -> Tensor:
-        return torch.cat([memory, new], dim=2)[:, :, -self.config.memory_size :]
 
 
 class MemorizingModelMixin(SegmentModelMixin):
@@ -171,7 +177,15 @@ class MemorizingModelMixin(SegmentModelMixin):
             initialization.constant_(module.factors, module.init)
 
 
-def lookup(query: Tensor, key: Tensor, value: Tensor, scale: Tensor, *, neighbors: int) -> Tensor:
+def lookup(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: Tensor,
+    *,
+    neighbors: int,
+    latest: Tensor | None = None,
+) -> Tensor:
     """softmax(scale q K^T) V over those `neighbors` keys that are nearest to each query, exactly.
 
     What is alive at once is bounded, whatever the number of queries. Gradients reach `query` and `scale`.
@@ -182,6 +196,7 @@ def lookup(query: Tensor, key: Tensor, value: Tensor, scale: Tensor, *, neighbor
         value: (batch, kv_heads, pairs, value_dim).
         scale: (heads,).
         neighbors: at most so many; all pairs where there are fewer.
+        latest: (batch,) integer: so many of a row's pairs are looked at, its last, or one; None for all.
 
     Returns:
         (batch, heads, length, value_dim) in fp32 (fp64 where the query is).
@@ -194,18 +209,24 @@ def lookup(query: Tensor, key: Tensor, value: Tensor, scale: Tensor, *, neighbor
         grouped = F.normalize(query.to(dtype), dim=-1).unflatten(1, (kv_heads, -1))
         factors = scale.to(dtype).view(kv_heads, -1, 1, 1)
         compared, outputs = key.to(dtype), []
+        first = None
+        if latest is not None:
+            first = (pairs - latest).clamp(max=pairs - 1).to(query.device).view(-1, 1, 1, 1, 1)
         for part in grouped.split(at_once, dim=3):
-            places = _nearest(part, compared, min(neighbors, pairs))
+            places = _nearest(part, compared, min(neighbors, pairs), first)
             # Found keys and values are found again in the backward pass, rather than kept.
-            arguments = part, key, value, places, factors
+            arguments = part, key, value, places, factors, first
             outputs.append(checkpoint(_attend, *arguments, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(outputs, dim=3).flatten(1, 2)
 
 
 @torch.no_grad()
-def _nearest(query: Tensor, key: Tensor, neighbors: int) -> Tensor:
+def _nearest(query: Tensor, key: Tensor, neighbors: int, first: Tensor | None) -> Tensor:
     """Places of the keys with the largest scores, (batch, kv_heads, group, length, neighbors)."""
-    return largest(query @ key[:, :, None].transpose(-1, -2), neighbors)
+    scores = query @ key[:, :, None].transpose(-1, -2)
+    if first is not None:  # below what unit vectors can have
+        scores = scores.masked_fill(torch.arange(scores.shape[-1], device=scores.device) < first, -2.0)
+    return largest(scores, neighbors)
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -230,12 +251,19 @@ def _largest(scores: Tensor, count: int) -> Tensor:
     return scores.topk(count, dim=-1, sorted=False).indices
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, places: Tensor, scale: Tensor) -> Tensor:
-    """What queries (batch, kv_heads, group, length, head_dim) get from the pairs at their `places`."""
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, places: Tensor, scale: Tensor, first: Tensor | None
+) -> Tensor:
+    """What queries (batch, kv_heads, group, length, head_dim) get from the pairs at their `places`.
+
+    Of these none before a row's `first` counts.
+    """
 
     def taken(x: Tensor) -> Tensor:
         flat = places.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
         return x.gather(2, flat).view(*places.shape, x.shape[-1]).to(query.dtype)
 
     scores = (taken(key) @ query[..., None]).squeeze(-1) * scale
+    if first is not None:
+        scores = scores.masked_fill(places < first, -math.inf)
     return (scores.softmax(dim=-1)[..., None, :] @ taken(value)).squeeze(-2)

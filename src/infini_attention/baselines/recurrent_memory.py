@@ -9,7 +9,7 @@ The vectors before the segment are read by its tokens, those after it see all of
 The first ones are learned. Gradients flow through them from the last segment to the first.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,9 +52,19 @@ class RecurrentMemoryConfigMixin(BaselineConfigMixin):
 
 @dataclass
 class MemoryVectors(RowState):
-    """What a complete segment has written: `vectors`, (batch, memory_tokens, hidden_size)."""
+    """What a complete segment has written.
+
+    Attributes:
+        vectors: (batch, memory_tokens, hidden_size).
+        fresh: (batch,) bool on the CPU: rows that read the learned ones instead.
+    """
 
     vectors: Tensor
+    fresh: Tensor
+
+    def forget(self, rows: Tensor) -> "MemoryVectors":
+        """The state in which the given rows start afresh; `rows` is (batch,) bool, True = forget."""
+        return replace(self, fresh=self.fresh | rows)
 
 
 class RecurrentMemoryCache(SegmentCache):
@@ -104,7 +114,7 @@ class RecurrentMemoryModelMixin(SegmentModelMixin):
         starts, ends = used == 0, used + new == size
         embeddings = self.embed_tokens(inputs) if inputs.dim() == 2 else inputs
         written = cache.written.state
-        memory = self.first_memory(len(inputs)) if written is None else written.vectors
+        memory = self.first_memory(len(inputs)) if written is None else self._read_by(written)
         reads, writes = count * starts, count * ends
         whole = torch.cat([memory[:, :reads], embeddings, memory[:, :writes]], dim=1)
 
@@ -112,8 +122,16 @@ class RecurrentMemoryModelMixin(SegmentModelMixin):
         mask = memory_mask(whole.shape[1], len(positions), reads, writes, inputs.device)
         hidden = self.decode(whole, positions, Piece(new, mask, ends), cache, **kwargs)
         if ends:
-            cache.written.advance(MemoryVectors(hidden[:, -count:]), size)
+            fresh = torch.zeros(len(hidden), dtype=torch.bool)
+            cache.written.advance(MemoryVectors(hidden[:, -count:], fresh), size)
         return hidden[:, reads : reads + new]
+
+    def _read_by(self, written: MemoryVectors) -> Tensor:
+        """What each row's next segment reads, (batch, memory_tokens, hidden_size)."""
+        if not bool(written.fresh.any()):
+            return written.vectors
+        fresh = written.fresh.to(written.vectors.device)[:, None, None]
+        return torch.where(fresh, self.first_memory(len(fresh)).to(written.vectors.dtype), written.vectors)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -95,6 +95,11 @@ class SlidingWindowAttentionMixin(SegmentAttentionMixin):
 
     def close(self, state: Any, hidden_states: Tensor) -> Any:
         """The sinks and the latest tokens, W - 1 in all; copied, as views would keep all the others alive."""
+        if self.config.sinks and len(lengths := set(state.length.tolist())) > 1:
+            raise ValueError(
+                f"rows have {min(lengths)} to {max(lengths)} tokens, and those with sinks start together; "
+                "set data.carried_together"
+            )
         key = self._kept(continued(state.cached_key, state.key))
         value = self._kept(continued(state.cached_value, state.value))
         return replace(state.forgotten(), cached_key=key, cached_value=value)

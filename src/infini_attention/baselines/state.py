@@ -14,7 +14,10 @@ from infini_attention.ops.local import continued
 
 @dataclass
 class RowState:
-    """Tensors whose first dimension is the batch: what happens to rows happens to each of them."""
+    """Tensors whose first dimension is the batch: what happens to rows happens to each of them.
+
+    Those that count or mark are on the CPU, as they decide what is computed.
+    """
 
     @property
     def batch_size(self) -> int:
@@ -23,8 +26,8 @@ class RowState:
 
     @property
     def nbytes(self) -> int:
-        """Size of all tensors in bytes."""
-        return sum(tensor.nbytes for tensor in self._tensors())
+        """Size in bytes of what is remembered."""
+        return sum(tensor.nbytes for tensor in self._tensors() if tensor.is_floating_point())
 
     def select(self, rows: Tensor) -> Self:
         """The given rows, in the given order; `rows` is (n,) integer and may repeat or drop rows."""
@@ -38,9 +41,17 @@ class RowState:
         """What goes on to the next step of a training, whose weights are others."""
         return self.detach()
 
+    def forget(self, rows: Tensor) -> Self:
+        """The state in which the given rows start afresh; `rows` is (batch,) bool, True = forget."""
+
+        def kept(x: Tensor) -> Tensor:
+            return torch.where(rows.to(x.device).view(-1, *[1] * (x.dim() - 1)), torch.zeros_like(x), x)
+
+        return self._map(kept) if bool(rows.any()) else self
+
     def to(self, device: torch.device | str) -> Self:
         """The state on `device`."""
-        return self._map(lambda tensor: tensor.to(device))
+        return self._map(lambda tensor: tensor.to(device) if tensor.is_floating_point() else tensor)
 
     def _tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
@@ -58,12 +69,14 @@ class SegmentState(RowState):
         value: of the open segment.
         cached_key: of the whole segment before it; no tokens where none is kept.
         cached_value: likewise.
+        length: each row's tokens so far, (batch,) int64 on the CPU: of what is kept, a row sees so many.
     """
 
     key: Tensor
     value: Tensor
     cached_key: Tensor
     cached_value: Tensor
+    length: Tensor
 
     @classmethod
     def before(cls, key: Tensor, value: Tensor) -> Self:
@@ -72,12 +85,23 @@ class SegmentState(RowState):
             "key": no_tokens(key),
             "value": no_tokens(value),
             "hidden": key.new_empty(len(key), 0, 0),
+            "length": torch.zeros(len(key), dtype=torch.int64),
         }
         return cls(**{field.name: nothing[field.name.rpartition("_")[2]] for field in fields(cls)})
 
     def extended(self, key: Tensor, value: Tensor) -> Self:
         """The state with more tokens in the open segment."""
-        return replace(self, key=continued(self.key, key), value=continued(self.value, value))
+        keys, values = continued(self.key, key), continued(self.value, value)
+        return replace(self, key=keys, value=values, length=self.length + key.shape[2])
+
+    def forget(self, rows: Tensor) -> Self:
+        """The state in which the given rows see nothing of what is kept; ValueError in an open segment."""
+        if self.key.shape[2] and bool(rows.any()):
+            raise ValueError(
+                f"{int(rows.sum())} of {len(rows)} rows start afresh {self.key.shape[2]} tokens after a "
+                "segment's start, and baselines start them at a segment's alone; give whole segments"
+            )
+        return replace(self, length=self.length.masked_fill(rows, 0))
 
     def forgotten(self) -> Self:
         """The state without the open segment and the one before it."""

@@ -189,9 +189,4 @@ def _without(state: Any, starts: Tensor) -> Any:
     """The state without what it has of rows that start afresh, (rows,) bool."""
     if state is None or not bool(starts.any()):
         return state
-    if not isinstance(state, MemoryState):
-        raise ValueError(
-            f"{int(starts.sum())} of {len(starts)} rows start afresh, and those of baselines do so together; "
-            "set data.carried_length"
-        )
     return state.forget(starts)

@@ -135,13 +135,26 @@ def _rows(stores: list[TokenStore], recipe: Recipe) -> Dataset:
     if args.carry_memory:
         data = recipe.data
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        by_rows = _may_start_alone(recipe)
         if data.carried_length is None:
+            if not by_rows:
+                raise ValueError(
+                    f"training.carry_memory is set, and rows of model.baseline {recipe.model.baseline!r} "
+                    "start together where they have sinks or are no whole segments; set data.carried_length, "
+                    "or leave out the sinks and make data.length a multiple of model.segment_length"
+                )
             return CarriedWindows(stores[0], data.length, rows, seed=args.seed)
         parts = data.carried_length // data.length
-        by_rows = recipe.model.baseline is None  # these keep one count of tokens for a batch
         together = rows if data.carried_together else 1 if by_rows else args.per_device_train_batch_size
         return SplitWindows(stores[0], data.length, rows, parts, together=together, seed=args.seed)
     return ConcatDataset([_single_rows(store, recipe.data) for store in stores])
+
+
+def _may_start_alone(recipe: Recipe) -> bool:
+    """Whether a row may start afresh where others of its batch go on."""
+    model = recipe.model
+    whole = recipe.data.length % segment_length_of(model) == 0
+    return model.baseline is None or (whole and not model.sizes.get("sinks"))
 
 
 def _single_rows(store: TokenStore, data: DataRecipe) -> Dataset:

@@ -208,9 +208,9 @@ class DataRecipe:
         length: Tokens a row.
         carried_length: Where training.carry_memory is set: tokens, a multiple of `length`, after which a row
             starts afresh with another window of a document; default at the end of its document.
-        carried_together: All rows then start afresh at the same steps; else at different ones, those of a
-            baseline by batches, of which several make a step where they are accumulated or of several
-            processes.
+        carried_together: All rows then start afresh at the same steps; else at different ones. Those of a
+            baseline with sinks, or whose `length` is no whole segments, start by batches, of which several
+            make a step where they are accumulated or of several processes.
         pack: Whole documents, or pieces of at most `length` tokens, are packed into one row a process, each
             with its own memory; else rows are windows of one document.
         shards: Folder for tokens, which are made once.
@@ -356,11 +356,6 @@ class Recipe:
             raise ValueError(
                 f"model.baseline is {name!r}, which has no use for {', '.join(wrong)}; leave out one or the "
                 "other"
-            )
-        if training.carry_memory and self.data.carried_length is None:
-            raise ValueError(
-                f"training.carry_memory is set, and rows of model.baseline {name!r} start afresh together; "
-                "set data.carried_length"
             )
 
     def _refuse_settings_of_documents(self) -> None:
