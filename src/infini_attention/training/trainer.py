@@ -383,6 +383,11 @@ class InfiniTrainer(Trainer):
         return inputs
 
     def _nothing_carried(self) -> list[CarriedMemory]:
+        again, count = self._reads_again(), self.args.gradient_accumulation_steps
+        return [CarriedMemory(read_again=again) for _ in range(count)]
+
+    def _reads_again(self) -> bool:
+        """`args.read_again`, or what stands for None; ValueError for a model without a memory."""
         again = self.args.read_again
         if again is not None and not isinstance(self._config, InfiniConfigMixin):
             raise ValueError(
@@ -391,7 +396,7 @@ class InfiniTrainer(Trainer):
             )
         if again is None:
             again = getattr(self._config, "local_attention", "segment") != "segment"
-        return [CarriedMemory(read_again=again) for _ in range(self.args.gradient_accumulation_steps)]
+        return again
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.carry_memory:
