@@ -72,7 +72,7 @@ class CarriedMemory:
 
         Rows start afresh where `starts_document`, (rows,) bool, says so; what is returned has it no more.
         Raises ValueError where a batch has none, or has other rows than the last one; for a model that
-        carries all keys; and for a baseline some of whose rows start and others do not.
+        carries all keys; and for a baseline some of whose rows start in the midst of a segment.
         """
         cache = _empty_cache(model)
         starts = inputs.get("starts_document")
