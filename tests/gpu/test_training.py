@@ -133,6 +133,15 @@ def test_captured_steps_train_baselines_as_others_do(baseline: str, tmp_path: Pa
     torch.testing.assert_close(captured, losses, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("baseline", ["transformer_xl", "memorizing", "recurrent_memory"])
+def test_carried_baselines_train_as_on_a_cpu(baseline: str, tmp_path: Path) -> None:
+    (losses, _), (elsewhere, _) = (
+        trained({"baseline": baseline}, False, False, tmp_path, CarriedRows(), carry_memory=True, **settings)
+        for settings in ({}, {"use_cpu": True})
+    )
+    torch.testing.assert_close(elsewhere, losses, rtol=1e-3, atol=1e-3)
+
+
 def trained(
     memory: dict[str, Any],
     bf16: bool,

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from infini_attention import cli
+from infini_attention.baselines import BASELINES
 from infini_attention.models import retrofit
 from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.training.arguments import InfiniTrainingArguments
@@ -128,11 +129,19 @@ def test_several_processes_train_as_one_does(
 
 
 def carried_gradients(rule: str) -> dict[str, Tensor]:
-    """Of a step that goes on from another one, this rank's share of the rows; sharded on several ranks."""
+    """Of a step in which one row starts afresh and others go on from another one, this rank's share of them.
+
+    On several ranks weights are sharded.
+    """
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes))
-    model = retrofit(base, segment_length=SEGMENT, update_rule=rule, gate_init=0.0, short_convolution=3)
+    sizes |= {"vocab_size": 64, "num_key_value_heads": 2}
+    if rule in BASELINES:
+        model_class = BASELINES[rule][LlamaForCausalLM]
+        model = model_class(model_class.config_class(**sizes, segment_length=SEGMENT))
+    else:
+        base = LlamaForCausalLM(LlamaConfig(**sizes))
+        model = retrofit(base, segment_length=SEGMENT, update_rule=rule, gate_init=0.0, short_convolution=3)
     ranks, rank = dist.get_world_size(), dist.get_rank()
     if ranks > 1:
         units = [each for each in model.modules() if type(each).__name__ in model._no_split_modules]
@@ -142,20 +151,21 @@ def carried_gradients(rule: str) -> dict[str, Tensor]:
     ids = torch.randint(0, 64, (ROWS, 4 * SEGMENT), generator=torch.Generator().manual_seed(0)).chunk(ranks)
     carried = CarriedMemory(read_again=True)
     for number, step in enumerate(ids[rank].split(2 * SEGMENT, dim=1)):
-        starts = torch.full((ROWS // ranks,), number == 0)
-        cache = carried.continued(model, {"starts_document": starts})[CACHE_ARGUMENT]
+        starts = torch.arange(ROWS).chunk(ranks)[rank] >= (ROWS - 1 if number else 0)  # one, in one process
+        inputs = carried.continued(model, {"starts_document": starts, "input_ids": step})
         model.zero_grad()
-        model(step, labels=step, use_cache=False, **{CACHE_ARGUMENT: cache}).loss.backward()
-        carried.keep(cache)
+        model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+        carried.keep(inputs[CACHE_ARGUMENT])
     assert all(isinstance(x, DTensor) == (ranks > 1) for x in model.parameters())
     found = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
     return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
 
 
-@pytest.mark.parametrize("rule", ["linear", "delta"])
+@pytest.mark.parametrize("rule", ["linear", "delta", "transformer_xl", "recurrent_memory"])
 def test_sharded_weights_learn_as_whole_ones_do(rule: str) -> None:
     (whole,) = run_on(1, carried_gradients, rule)
-    assert any("memory_gate" in name for name in whole) and len(whole) > 20
+    assert rule in BASELINES or any("memory_gate" in name for name in whole)
+    assert len(whole) >= 20
     for sharded in run_on(2, carried_gradients, rule):
         assert sharded.keys() == whole.keys()
         for name, expected in whole.items():

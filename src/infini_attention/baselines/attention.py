@@ -16,8 +16,8 @@ class Piece(NamedTuple):
 
     Attributes:
         tokens: how many of the text's there are.
-        mask: (new, seen) bool, True = visible, where the new ones are the last that are seen; None where
-            each sees all up to itself.
+        mask: (new, seen) bool, True = visible, where the new ones are the last that are seen, or of each row,
+            (batch, 1, new, seen); None where each sees all up to itself.
         ends: whether they complete the segment.
     """
 
@@ -48,8 +48,7 @@ class SegmentAttentionMixin(FamilyAttentionMixin):
         layer = pop_cache(kwargs).layers[self.layer_idx]
         before = self.state_class.before(key, value) if layer.state is None else self.resumed(layer.state)
         state = before.extended(key, value)
-        mask = _mask_of_rows(piece.mask, state, query)
-        output = self.attend(query, state, position_embeddings, mask)
+        output = self.attend(query, state, position_embeddings, piece.mask)
         layer.advance(self.close(state, hidden_states) if piece.ends else state, piece.tokens)
         return self.o_proj(output.transpose(1, 2).flatten(2)), None
 
@@ -86,15 +85,16 @@ class SegmentAttentionMixin(FamilyAttentionMixin):
         return state.forgotten()
 
 
-def _mask_of_rows(mask: Tensor | None, state: SegmentState, query: Tensor) -> Tensor | None:
+def mask_of_rows(
+    mask: Tensor | None, length: Tensor, new: int, seen: int, device: torch.device
+) -> Tensor | None:
     """`mask` where rows see all that is kept; else (batch, 1, new, seen), of which a row sees its own text.
 
-    The `state` is that with the new tokens, those of the `query`.
+    `length` is (batch,), each row's tokens with the `new` ones, which are the last that are seen.
     """
-    new, seen = query.shape[2], state.cached_key.shape[2] + state.key.shape[2]
-    if bool((state.length >= seen).all()):
+    if bool((length >= seen).all()):
         return mask
     if mask is None:
-        mask = torch.ones(new, seen, dtype=torch.bool, device=query.device).tril(seen - new)
-    first = (seen - state.length).to(query.device)  # place of the row's first token that is kept
-    return mask & (torch.arange(seen, device=query.device) >= first[:, None, None, None])
+        mask = torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)
+    first = (seen - length).to(device)  # place of the row's first token that is kept
+    return mask & (torch.arange(seen, device=device) >= first[:, None, None, None])

@@ -147,7 +147,8 @@ class MemorizingAttentionMixin(TransformerXLAttentionMixin):
             latest=None if bool((own == pairs).all()) else own,
         )
         share = self.memory_gate().to(found.dtype).sigmoid()[:, None, None]
-        share = share * (own > 0).to(share)[:, None, None, None]
+        if not bool((own > 0).all()):
+            share = share * (own > 0).to(share)[:, None, None, None]
         return torch.lerp(local.to(found.dtype), found, share).to(local.dtype)
 
     def close(self, state: Any, hidden_states: Tensor) -> Any:
@@ -225,7 +226,7 @@ def _nearest(query: Tensor, key: Tensor, neighbors: int, first: Tensor | None) -
     """Places of the keys with the largest scores, (batch, kv_heads, group, length, neighbors)."""
     scores = query @ key[:, :, None].transpose(-1, -2)
     if first is not None:  # below what unit vectors can have
-        scores = scores.masked_fill(torch.arange(scores.shape[-1], device=scores.device) < first, -2.0)
+        scores.masked_fill_(torch.arange(scores.shape[-1], device=scores.device) < first, -2.0)
     return largest(scores, neighbors)
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from infini_attention.baselines.attention import Piece, SegmentAttentionMixin
-from infini_attention.baselines.state import SegmentCache
+from infini_attention.baselines.attention import Piece, SegmentAttentionMixin, mask_of_rows
+from infini_attention.baselines.state import SegmentCache, SegmentState
 from infini_attention.models.compat import CACHE_ARGUMENT, pop_cache
 from infini_attention.models.inputs import packed_documents, padding_of
 from infini_attention.models.modeling import InfiniForCausalLMMixin, InfiniPreTrainedMixin
@@ -123,6 +123,11 @@ class SegmentModelMixin(InfiniPreTrainedMixin, nn.Module):
     ) -> Tensor:
         """The family's forward: last hidden states of `inputs`, which see tokens at these positions."""
         ids = {"input_ids": inputs} if inputs.dim() == 2 else {"inputs_embeds": inputs}
+        first: Any = cache.layers[0]  # rows are of one length in all of them
+        if isinstance(first.state, SegmentState):
+            new, seen = inputs.shape[1], len(positions)
+            mask = mask_of_rows(piece.mask, first.state.length + new, new, seen, inputs.device)
+            piece = piece._replace(mask=mask)
         output = super().forward(
             **ids,
             # A mask of four dimensions keeps the family's forward from building one; nobody reads it.

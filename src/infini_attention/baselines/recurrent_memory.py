@@ -128,10 +128,13 @@ class RecurrentMemoryModelMixin(SegmentModelMixin):
 
     def _read_by(self, written: MemoryVectors) -> Tensor:
         """What each row's next segment reads, (batch, memory_tokens, hidden_size)."""
+        vectors = written.vectors
+        if not self.training and not bool(written.fresh.any()):
+            return vectors
+        first = self.first_memory(len(vectors)).to(vectors.dtype)
         if not bool(written.fresh.any()):
-            return written.vectors
-        fresh = written.fresh.to(written.vectors.device)[:, None, None]
-        return torch.where(fresh, self.first_memory(len(fresh)).to(written.vectors.dtype), written.vectors)
+            return vectors + 0 * first  # sharded weights must have gradients in all processes or in none
+        return torch.where(written.fresh.to(vectors.device)[:, None, None], first, vectors)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

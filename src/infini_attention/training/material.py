@@ -153,8 +153,9 @@ def _rows(stores: list[TokenStore], recipe: Recipe) -> Dataset:
 def _may_start_alone(recipe: Recipe) -> bool:
     """Whether a row may start afresh where others of its batch go on."""
     model = recipe.model
-    whole = recipe.data.length % segment_length_of(model) == 0
-    return model.baseline is None or (whole and not model.sizes.get("sinks"))
+    if model.baseline in (None, "linear_attention", "sliding_window"):
+        return not model.sizes.get("sinks")
+    return recipe.data.length % segment_length_of(model) == 0
 
 
 def _single_rows(store: TokenStore, data: DataRecipe) -> Dataset:
