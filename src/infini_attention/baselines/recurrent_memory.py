@@ -122,7 +122,7 @@ class RecurrentMemoryModelMixin(SegmentModelMixin):
         mask = memory_mask(whole.shape[1], len(positions), reads, writes, inputs.device)
         hidden = self.decode(whole, positions, Piece(new, mask, ends), cache, **kwargs)
         if ends:
-            fresh = torch.zeros(len(hidden), dtype=torch.bool)
+            fresh = torch.zeros(len(hidden), dtype=torch.bool, device="cpu")
             cache.written.advance(MemoryVectors(hidden[:, -count:], fresh), size)
         return hidden[:, reads : reads + new]
 

@@ -85,7 +85,7 @@ class SegmentState(RowState):
             "key": no_tokens(key),
             "value": no_tokens(value),
             "hidden": key.new_empty(len(key), 0, 0),
-            "length": torch.zeros(len(key), dtype=torch.int64),
+            "length": torch.zeros(len(key), dtype=torch.int64, device="cpu"),
         }
         return cls(**{field.name: nothing[field.name.rpartition("_")[2]] for field in fields(cls)})
 

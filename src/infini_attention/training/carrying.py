@@ -89,7 +89,8 @@ class CarriedMemory:
             ended = starts if bool(starts.any()) else None
             for layer, (state, seen, reading) in zip(layers, self._carried, strict=True):
                 layer.state, layer.seen = _without(state, starts), seen
-                layer.again = None if reading is None else replace(reading, ended=ended)
+                if self._read_again and reading is not None:
+                    layer.again = replace(reading, ended=ended)
         return self._ordered(inputs) | {CACHE_ARGUMENT: cache}
 
     def _turned(self, starts: Tensor) -> Tensor:
