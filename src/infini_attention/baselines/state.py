@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from infini_attention.models.cache import InfiniCache, InfiniCacheLayer
 from infini_attention.ops.local import continued
+from infini_attention.ops.state import without_rows
 
 
 @dataclass
@@ -43,11 +44,7 @@ class RowState:
 
     def forget(self, rows: Tensor) -> Self:
         """The state in which the given rows start afresh; `rows` is (batch,) bool, True = forget."""
-
-        def kept(x: Tensor) -> Tensor:
-            return torch.where(rows.to(x.device).view(-1, *[1] * (x.dim() - 1)), torch.zeros_like(x), x)
-
-        return self._map(kept) if bool(rows.any()) else self
+        return self._map(lambda x: without_rows(x, rows)) if bool(rows.any()) else self
 
     def to(self, device: torch.device | str) -> Self:
         """The state on `device`."""

@@ -31,9 +31,11 @@ class Reading:
 
     def select(self, rows: Tensor) -> "Reading":
         """The given rows, in the given order; `rows` is (n,) integer."""
-        before = None if self.before is None else self.before.select(rows)
-        ended = None if self.ended is None else self.ended[rows]
-        return Reading(before, self.hidden.index_select(0, rows.to(self.hidden.device)), ended)
+        return Reading(
+            before=None if self.before is None else self.before.select(rows),
+            hidden=self.hidden.index_select(0, rows.to(self.hidden.device)),
+            ended=None if self.ended is None else self.ended[rows],
+        )
 
 
 class InfiniCacheLayer(CacheLayerMixin):
@@ -185,7 +187,7 @@ class InfiniCache(DynamicCache):
 
     @property
     def nbytes(self) -> int:
-        """Size of all tensors in bytes."""
+        """Size of all states in bytes."""
         return sum(_layer_nbytes(layer) for layer in self.layers)
 
 

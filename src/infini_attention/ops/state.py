@@ -23,6 +23,11 @@ def is_empty(normalizer: Tensor) -> Tensor:
     return (normalizer == 0).all(dim=-1)
 
 
+def without_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """`x`, (batch, ...), with zeros in the given rows, (batch,) bool."""
+    return torch.where(rows.to(x.device).view(-1, *[1] * (x.dim() - 1)), torch.zeros_like(x), x)
+
+
 OPEN = ("local_key", "local_value", "open_context_key")  # right-padded to the longest open segment
 
 
@@ -232,11 +237,7 @@ class MemoryState:
         """The state in which the given rows start afresh; `rows` is (batch,) bool, True = forget."""
         if not bool(rows.any()):
             return self
-
-        def kept(x: Tensor) -> Tensor:
-            return torch.where(rows.to(x.device).view(-1, *[1] * (x.dim() - 1)), torch.zeros_like(x), x)
-
-        return self._map(kept)._trimmed()
+        return self._map(lambda x: without_rows(x, rows))._trimmed()
 
     def recounted(self) -> "MemoryState":
         """The state after the fewest tokens of which the next ones know no more: what comes is the same.

@@ -86,11 +86,10 @@ class CarriedMemory:
         for layer in layers:
             layer.keeps_readings = self._read_again
         if self._carried and not bool(starts.all()):
-            ended = starts if bool(starts.any()) else None
             for layer, (state, seen, reading) in zip(layers, self._carried, strict=True):
-                layer.state, layer.seen = _without(state, starts), seen
+                layer.state, layer.seen = None if state is None else state.forget(starts), seen
                 if self._read_again and reading is not None:
-                    layer.again = replace(reading, ended=ended)
+                    layer.again = replace(reading, ended=starts)
         return self._ordered(inputs) | {CACHE_ARGUMENT: cache}
 
     def _turned(self, starts: Tensor) -> Tensor:
@@ -184,10 +183,3 @@ def _reading(reading: Reading | None) -> Reading | None:
 def _written(state: Any) -> tuple[str, dict[str, Any]]:
     """The name of a state's class, and its fields; nothing of None."""
     return ("", {}) if state is None else (type(state).__name__, asdict(state))
-
-
-def _without(state: Any, starts: Tensor) -> Any:
-    """The state without what it has of rows that start afresh, (rows,) bool."""
-    if state is None or not bool(starts.any()):
-        return state
-    return state.forget(starts)

@@ -209,8 +209,8 @@ class DataRecipe:
         carried_length: Where training.carry_memory is set: tokens, a multiple of `length`, after which a row
             starts afresh with another window of a document; default at the end of its document.
         carried_together: All rows then start afresh at the same steps; else at different ones. Those of a
-            baseline with sinks, or whose `length` is no whole segments, start by batches, of which several
-            make a step where they are accumulated or of several processes.
+            baseline with sinks, or with segments of which `length` is no multiple, start by batches, of which
+            several make a step where they are accumulated or of several processes.
         pack: Whole documents, or pieces of at most `length` tokens, are packed into one row a process, each
             with its own memory; else rows are windows of one document.
         shards: Folder for tokens, which are made once.
