@@ -128,10 +128,10 @@ def test_several_processes_train_as_one_does(
             torch.testing.assert_close(theirs[name], expected, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def carried_gradients(rule: str) -> dict[str, Tensor]:
-    """Of a step in which one row starts afresh and others go on from another one, this rank's share of them.
+def carried_gradients(rule: str, starting: int, segments: int) -> dict[str, Tensor]:
+    """Of a second step, of so many segments, in which the last rows start afresh and the others go on.
 
-    On several ranks weights are sharded.
+    Of a rank's share of the rows; on several ranks weights are sharded.
     """
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -148,10 +148,11 @@ def carried_gradients(rule: str) -> dict[str, Tensor]:
         for module in reversed(units):  # gates before the layers that they are in
             fully_shard(module, mesh=init_device_mesh("cpu", (ranks,)))
         fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
-    ids = torch.randint(0, 64, (ROWS, 4 * SEGMENT), generator=torch.Generator().manual_seed(0)).chunk(ranks)
+    tokens = ROWS, 2 * segments * SEGMENT
+    ids = torch.randint(0, 64, tokens, generator=torch.Generator().manual_seed(0)).chunk(ranks)
     carried = CarriedMemory(read_again=True)
-    for number, step in enumerate(ids[rank].split(2 * SEGMENT, dim=1)):
-        starts = torch.arange(ROWS).chunk(ranks)[rank] >= (ROWS - 1 if number else 0)  # one, in one process
+    for number, step in enumerate(ids[rank].split(segments * SEGMENT, dim=1)):
+        starts = torch.arange(ROWS).chunk(ranks)[rank] >= (ROWS - starting if number else 0)
         inputs = carried.continued(model, {"starts_document": starts, "input_ids": step})
         model.zero_grad()
         model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
@@ -161,12 +162,13 @@ def carried_gradients(rule: str) -> dict[str, Tensor]:
     return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in found.items()}
 
 
-@pytest.mark.parametrize("rule", ["linear", "delta", "transformer_xl", "recurrent_memory"])
-def test_sharded_weights_learn_as_whole_ones_do(rule: str) -> None:
-    (whole,) = run_on(1, carried_gradients, rule)
+@pytest.mark.parametrize(("starting", "segments"), [(1, 2), (2, 1)])  # of one process a row, or all
+@pytest.mark.parametrize("rule", ["linear", "delta", "transformer_xl", "memorizing", "recurrent_memory"])
+def test_sharded_weights_learn_as_whole_ones_do(rule: str, starting: int, segments: int) -> None:
+    (whole,) = run_on(1, carried_gradients, rule, starting, segments)
     assert rule in BASELINES or any("memory_gate" in name for name in whole)
     assert len(whole) >= 20
-    for sharded in run_on(2, carried_gradients, rule):
+    for sharded in run_on(2, carried_gradients, rule, starting, segments):
         assert sharded.keys() == whole.keys()
         for name, expected in whole.items():
             torch.testing.assert_close(sharded[name], expected, rtol=1e-4, atol=1e-6, msg=name)

@@ -98,3 +98,12 @@ def mask_of_rows(
         mask = torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)
     first = (seen - length).to(device)  # place of the row's first token that is kept
     return mask & (torch.arange(seen, device=device) >= first[:, None, None, None])
+
+
+def with_gradient_of(x: Tensor, *parameters: Tensor) -> Tensor:
+    """`x` as it is, of which parameters that took no part in it have a gradient of zero.
+
+    Sharded weights must have gradients in all processes, or in none.
+    """
+    nothing = 0 * torch.stack([parameter.sum() for parameter in parameters]).sum()
+    return x + nothing.to(x.dtype)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization
 
-from infini_attention.baselines.attention import SegmentAttentionMixin
+from infini_attention.baselines.attention import SegmentAttentionMixin, with_gradient_of
 from infini_attention.baselines.config import BaselineConfigMixin
 from infini_attention.baselines.modeling import SegmentModelMixin
 from infini_attention.baselines.transformer_xl import TransformerXLAttentionMixin, TransformerXLState
@@ -136,7 +136,8 @@ class MemorizingAttentionMixin(TransformerXLAttentionMixin):
         local = super().attend(query, state, rotation, mask)
         pairs = state.memory_key.shape[2]
         if not pairs:
-            return local
+            unused = self.memory_gate(), self.lookup_scale()
+            return with_gradient_of(local, *unused) if self.training else local
         own = (state.length - state.key.shape[2]).clamp(max=pairs)  # of a row's own text
         found = lookup(
             query,

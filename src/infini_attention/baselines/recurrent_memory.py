@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization
 
-from infini_attention.baselines.attention import Piece
+from infini_attention.baselines.attention import Piece, with_gradient_of
 from infini_attention.baselines.config import BaselineConfigMixin
 from infini_attention.baselines.modeling import SegmentModelMixin
 from infini_attention.baselines.state import RowState, SegmentCache, SegmentCacheLayer
@@ -129,11 +129,9 @@ class RecurrentMemoryModelMixin(SegmentModelMixin):
     def _read_by(self, written: MemoryVectors) -> Tensor:
         """What each row's next segment reads, (batch, memory_tokens, hidden_size)."""
         vectors = written.vectors
-        if not self.training and not bool(written.fresh.any()):
-            return vectors
-        first = self.first_memory(len(vectors)).to(vectors.dtype)
         if not bool(written.fresh.any()):
-            return vectors + 0 * first  # sharded weights must have gradients in all processes or in none
+            return with_gradient_of(vectors, self.first_memory(1)) if self.training else vectors
+        first = self.first_memory(len(vectors)).to(vectors.dtype)
         return torch.where(written.fresh.to(vectors.device)[:, None, None], first, vectors)
 
     @torch.no_grad()
