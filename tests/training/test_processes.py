@@ -12,6 +12,7 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor
+from torch._dynamo.backends.distributed import DDPOptimizer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -126,6 +127,21 @@ def test_several_processes_train_as_one_does(
         assert ours == pytest.approx(losses, abs=1e-4)
         for name, expected in parameters.items():
             torch.testing.assert_close(theirs[name], expected, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def train_uncut(folder: str, rule: str, settings: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
+    """Of `train`, where nothing may cut what is compiled."""
+    with mock.patch.object(DDPOptimizer, "compile_fn", side_effect=AssertionError("a layer is cut")):
+        return train(folder, rule, settings)
+
+
+@pytest.mark.parametrize("alone", ["delta"], indirect=True)
+def test_layers_are_compiled_as_a_whole_on_several_processes(alone: tuple[str, Any], tmp_path: Path) -> None:
+    """torch would cut each where a bucket of gradients is full: more graphs, and none the sooner."""
+    rule, (losses, _) = alone
+    settings = {"per_device_train_batch_size": ROWS // 2, "torch_compile": True}
+    for ours, _ in run_on(2, train_uncut, str(tmp_path), rule, settings, timeout=300):
+        assert ours == pytest.approx(losses, abs=1e-4)
 
 
 def carried_gradients(rule: str, starting: int, segments: int) -> dict[str, Tensor]:

@@ -120,6 +120,7 @@ class InfiniTrainer(Trainer):
 
         Set anew: accelerate would keep the first trainer's where the arguments of several were made before.
         """
+        torch._dynamo.config.optimize_ddp = False  # or it cuts layers at buckets of gradients
         self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(
             backend=self.args.torch_compile_backend,
             mode=self.args.torch_compile_mode,
