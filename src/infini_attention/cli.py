@@ -1,6 +1,7 @@
 """The `infini` command: parses, calls, prints. What a subcommand needs is imported when it runs."""
 
 import argparse
+import gc
 import inspect
 import os
 import sys
@@ -986,6 +987,7 @@ def train(recipe: Path, overrides: list[str]) -> None:
 
     figures = run(read.recipe, read.text)
     if dist.is_initialized():
+        gc.collect()  # the trainer, which holds the group, too
         dist.destroy_process_group()  # whose threads could otherwise abort a process that ends
     if read.recipe.training.should_save:
         _print_figures(figures, read.json)

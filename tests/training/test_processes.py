@@ -269,13 +269,15 @@ def test_several_processes_go_on_where_they_were_cut_off(tmp_path: Path, setting
     assert cut == whole
 
 
-def command(folder: str) -> bool:
+def command(folder: str) -> tuple[bool, list[str]]:
+    """Whether a group is there when the command has run, and which of its threads are, where Linux tells."""
     settings = {"output_dir": folder, "max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True}
     cli.train(RECIPES / "copy-task.yaml", [f"--training.{name}={value}" for name, value in settings.items()])
-    return dist.is_initialized()
+    names = [each.read_text() for each in Path("/proc/self/task").glob("*/comm")]
+    return dist.is_initialized(), [name for name in names if "gloo" in name]
 
 
 def test_the_command_leaves_its_group_before_its_process_ends(tmp_path: Path) -> None:
     """Or threads of the group abort some processes, and torchrun calls a run failed that was not."""
-    assert run_on(2, command, str(tmp_path)) == [False, False]
+    assert run_on(2, command, str(tmp_path)) == [(False, [])] * 2
     assert (tmp_path / "model" / "config.json").exists()
