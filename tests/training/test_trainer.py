@@ -165,6 +165,30 @@ def test_a_loss_that_is_no_number_stops_the_training(
         trainer.train()
 
 
+def test_so_does_that_of_any_batch_of_a_step_before_the_weights_are_touched(
+    make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(gradient_accumulation_steps=3)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    losses = iter([1.0, float("inf")] + [1.0] * 9)
+    loss_of = trainer._loss_of
+    monkeypatch.setattr(trainer, "_loss_of", lambda *batch: 0 * loss_of(*batch) + next(losses))
+    with pytest.raises(FloatingPointError, match="loss is inf at step 0"):
+        trainer.train()
+    for name, x in model.state_dict().items():
+        torch.testing.assert_close(x, before[name], rtol=0, atol=0)
+
+
+def test_rows_with_nothing_to_predict_are_not_in_the_mean_of_an_evaluation(
+    make_trainer: Callable[..., InfiniTrainer],
+) -> None:
+    some = rows(3)
+    nothing = {name: torch.full_like(x, -100) if name == "labels" else x for name, x in some[0].items()}
+    trainer = make_trainer(per_device_eval_batch_size=1)
+    expected = trainer.evaluate(some)["eval_loss"]
+    assert trainer.evaluate([*some, nothing])["eval_loss"] == pytest.approx(expected)
+
+
 def test_a_gradient_that_is_no_number_stops_it_before_the_weights_are_touched(
     make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM, tmp_path: Path
 ) -> None:

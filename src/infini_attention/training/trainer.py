@@ -16,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from infini_attention.models.adapters import is_adapted, save_config
 from infini_attention.models.compat import CACHE_ARGUMENT
@@ -88,11 +88,13 @@ class InfiniTrainer(Trainer):
                 f"fsdp is set, and accelerate shards no weights of {self.args.world_size} processes on "
                 f"{self.args.device.type}; start several with a GPU each, or leave fsdp out"
             )
+        self.args.logging_nan_inf_filter = False  # there is nothing to filter: see `_get_grad_norm`
         self._set_compilation()
         model: Any = self.model
         self.model_accepts_loss_kwargs = True  # losses are sums over a whole step, accumulation included
         self.label_names, self.can_return_loss = [], True  # evaluate by labels or shift_labels alike
         self._batch = 0  # of the step's that are accumulated, each of which carries rows of its own
+        self._losses: list[Tensor] = []  # of the step's batches
         self.observation: Observation | None = None
         self._logged: Observation | None = None
         self._observed_at = -1
@@ -212,7 +214,7 @@ class InfiniTrainer(Trainer):
             self.control.should_training_stop = True
             return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._batch = 0
+        self._batch, self._losses = 0, []
         if not batches:
             return batches, None
         batches = [self._drawn(batch) for batch in batches]
@@ -220,6 +222,11 @@ class InfiniTrainer(Trainer):
         count = self.accelerator.reduce(count) // self.args.context_parallel_size
         self.cost.count(count)
         return batches, count.clamp(min=1)  # by which is divided, also where rows have come to their end
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On the device, but for which rows start afresh: that is asked before their layers run."""
+        starts = {name: x for name, x in inputs.items() if name == "starts_document"}
+        return super()._prepare_inputs({name: x for name, x in inputs.items() if name not in starts}) | starts
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -237,6 +244,7 @@ class InfiniTrainer(Trainer):
             loss = self._graphed_step(model, inputs, num_items_in_batch)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
+        self._losses.append(loss)
         if self.args.carry_memory:
             self._carried[self._batch].keep(inputs[CACHE_ARGUMENT])
             self._batch += 1
@@ -258,8 +266,6 @@ class InfiniTrainer(Trainer):
         """Mean cross entropy a token; of the whole step's tokens where `num_items_in_batch` counts them."""
         inputs = {name: value for name, value in inputs.items() if name not in FOR_TRAINING}
         loss = self._loss_of(model, inputs | {"num_items_in_batch": num_items_in_batch})
-        if model.training:
-            self._check_loss(loss)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # losses and gradients are averaged over processes
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -272,10 +278,6 @@ class InfiniTrainer(Trainer):
         loss: Tensor = model(**inputs, **settings).loss
         return loss
 
-    def _check_loss(self, loss: Tensor) -> None:
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} {self._where()}")
-
     def _graphed_step(self, model: Any, inputs: dict[str, Any], count: Tensor | int | None) -> Tensor:
         """Forward and backward of one batch as one graph."""
         if self._graphs is None:
@@ -286,9 +288,15 @@ class InfiniTrainer(Trainer):
 
             self._graphs = GraphedSteps(model, loss_of)
         model.train()
-        loss = self._graphs(inputs | {"num_items_in_batch": count})
-        self._check_loss(loss)
-        return loss
+        return self._graphs(inputs | {"num_items_in_batch": count})
+
+    def evaluation_loop(self, *arguments: Any, **settings: Any) -> EvalLoopOutput:
+        """As ever: batches that have nothing to predict, whose loss is no number, are not in the mean."""
+        self.args.logging_nan_inf_filter = True
+        try:
+            return super().evaluation_loop(*arguments, **settings)
+        finally:
+            self.args.logging_nan_inf_filter = False
 
     def log(self, logs: dict[str, float], *arguments: Any, **settings: Any) -> None:
         """Log, and with every loss what the gates, the memory and the clock say."""
@@ -332,6 +340,8 @@ class InfiniTrainer(Trainer):
         """The inputs of this step: so many segments, each so often, and how they go through the model."""
         args, size = self.args, self._segment_length
         inputs = dict(inputs)
+        if "starts_document" in inputs:  # here, where no batch of the step is under way yet
+            inputs["starts_document"] = inputs["starts_document"].cpu()
         rows, length = inputs["input_ids"].shape
         repeatable = inputs.pop("repeatable", None)
         documents = _documents(inputs)
@@ -424,6 +434,9 @@ class InfiniTrainer(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
+        for loss in torch.stack(self._losses).tolist():  # once a step, as every look waits for the device
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} {self._where()}")
         # Now, before the optimiser spreads it; the gradient scaler of fp16 leaves such steps out by itself.
         if not math.isfinite(norm) and self.accelerator.scaler is None:
             raise FloatingPointError(f"the gradient's norm is {float(norm)} {self._where()}")
