@@ -1,5 +1,5 @@
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import (
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from infini_attention.models import load_model, retrofit
 from infini_attention.models.observe import gate_logits
@@ -172,11 +180,40 @@ def test_so_does_that_of_any_batch_of_a_step_before_the_weights_are_touched(
     before = {name: x.clone() for name, x in model.state_dict().items()}
     losses = iter([1.0, float("inf")] + [1.0] * 9)
     loss_of = trainer._loss_of
-    monkeypatch.setattr(trainer, "_loss_of", lambda *batch: 0 * loss_of(*batch) + next(losses))
+    monkeypatch.setattr(trainer, "_loss_of", lambda *batch: loss_of(*batch) + next(losses))
     with pytest.raises(FloatingPointError, match="loss is inf at step 0"):
         trainer.train()
     for name, x in model.state_dict().items():
         torch.testing.assert_close(x, before[name], rtol=0, atol=0)
+
+
+class FiveBatches(torch.utils.data.IterableDataset):
+    """Of four rows: an epoch ends in the midst of a step of two batches."""
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        return iter(rows(20))
+
+
+class StopInTheMidst(TrainerCallback):
+    """Ends the training after the first of the third step's batches."""
+
+    def on_substep_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_training_stop = state.global_step == 2
+
+
+@pytest.mark.parametrize("callbacks", [[], [StopInTheMidst()]], ids=["goes on", "ends"])
+def test_so_does_that_of_a_batch_after_which_the_weights_stay(
+    make_trainer: Callable[..., InfiniTrainer], monkeypatch: pytest.MonkeyPatch, callbacks: list[Any]
+) -> None:
+    trainer = make_trainer(gradient_accumulation_steps=2)
+    trainer.train_dataset = FiveBatches()
+    for each in callbacks:
+        trainer.add_callback(each)
+    losses = iter([0.0] * 4 + [float("inf")] + [0.0] * 9)
+    loss_of = trainer._loss_of
+    monkeypatch.setattr(trainer, "_loss_of", lambda *batch: loss_of(*batch) + next(losses))
+    with pytest.raises(FloatingPointError, match="loss is inf at step 2"):
+        trainer.train()
 
 
 def test_rows_with_nothing_to_predict_are_not_in_the_mean_of_an_evaluation(

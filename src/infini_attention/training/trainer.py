@@ -88,13 +88,13 @@ class InfiniTrainer(Trainer):
                 f"fsdp is set, and accelerate shards no weights of {self.args.world_size} processes on "
                 f"{self.args.device.type}; start several with a GPU each, or leave fsdp out"
             )
-        self.args.logging_nan_inf_filter = False  # there is nothing to filter: see `_get_grad_norm`
+        self._filters = self.args.logging_nan_inf_filter
         self._set_compilation()
         model: Any = self.model
         self.model_accepts_loss_kwargs = True  # losses are sums over a whole step, accumulation included
         self.label_names, self.can_return_loss = [], True  # evaluate by labels or shift_labels alike
         self._batch = 0  # of the step's that are accumulated, each of which carries rows of its own
-        self._losses: list[Tensor] = []  # of the step's batches
+        self._losses: list[Tensor] = []  # of batches that nobody has looked at
         self.observation: Observation | None = None
         self._logged: Observation | None = None
         self._observed_at = -1
@@ -122,7 +122,8 @@ class InfiniTrainer(Trainer):
 
         Set anew: accelerate would keep the first trainer's where the arguments of several were made before.
         """
-        torch._dynamo.config.optimize_ddp = False  # or it cuts layers at buckets of gradients
+        if self.args.torch_compile:
+            torch._dynamo.config.optimize_ddp = False  # or it cuts layers at buckets of gradients
         self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(
             backend=self.args.torch_compile_backend,
             mode=self.args.torch_compile_mode,
@@ -145,14 +146,17 @@ class InfiniTrainer(Trainer):
             resume_from_checkpoint = str(self._newest())
         elif resume_from_checkpoint and (reason := damage(Path(resume_from_checkpoint))):
             raise ValueError(f"{reason}; go on from another checkpoint")
-        self._carried, self._observed_at = self._nothing_carried(), -1
+        self._carried, self._losses, self._observed_at = self._nothing_carried(), [], -1
         self.cost.begin()
         if self._average is not None:
             self._average.forget()
+        self.args.logging_nan_inf_filter = False  # `_check_losses` leaves nothing to filter
         try:
             output = super().train(resume_from_checkpoint, *arguments, **settings)
         finally:
             self._signals.end()
+            self.args.logging_nan_inf_filter = self._filters
+        self._check_losses()  # of batches that no step followed
         if self._average is not None and self.stopped_by is None:
             self._average.take()
         return output
@@ -214,7 +218,7 @@ class InfiniTrainer(Trainer):
             self.control.should_training_stop = True
             return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._batch, self._losses = 0, []
+        self._batch = 0
         if not batches:
             return batches, None
         batches = [self._drawn(batch) for batch in batches]
@@ -291,12 +295,12 @@ class InfiniTrainer(Trainer):
         return self._graphs(inputs | {"num_items_in_batch": count})
 
     def evaluation_loop(self, *arguments: Any, **settings: Any) -> EvalLoopOutput:
-        """As ever: batches that have nothing to predict, whose loss is no number, are not in the mean."""
-        self.args.logging_nan_inf_filter = True
+        """As ever: losses that are no number, of batches with nothing to predict, can be filtered out."""
+        in_training, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, self._filters
         try:
             return super().evaluation_loop(*arguments, **settings)
         finally:
-            self.args.logging_nan_inf_filter = False
+            self.args.logging_nan_inf_filter = in_training
 
     def log(self, logs: dict[str, float], *arguments: Any, **settings: Any) -> None:
         """Log, and with every loss what the gates, the memory and the clock say."""
@@ -434,13 +438,18 @@ class InfiniTrainer(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        for loss in torch.stack(self._losses).tolist():  # once a step, as every look waits for the device
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} {self._where()}")
+        self._check_losses()
         # Now, before the optimiser spreads it; the gradient scaler of fp16 leaves such steps out by itself.
         if not math.isfinite(norm) and self.accelerator.scaler is None:
             raise FloatingPointError(f"the gradient's norm is {float(norm)} {self._where()}")
         return norm
+
+    def _check_losses(self) -> None:
+        """Raise FloatingPointError for a loss that is no number. Once a step: a look waits for the device."""
+        losses, self._losses = self._losses, []
+        for loss in torch.stack(losses).tolist() if losses else []:
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} {self._where()}")
 
     def _where(self) -> str:
         """At which step, and what to go on from."""
