@@ -493,7 +493,7 @@ def test_settings_that_contradict_each_other_are_refused(tmp_path: Path) -> None
         ({"curriculum_steps": 9}, "curriculum_steps is 9, and there is nothing to begin with"),
         ({"carry_memory": True, "least_segments": 2}, "carry_memory is set and least_segments is 2"),
         ({"context_parallel_size": 2}, "context_parallel_size is 2, which does not divide the 1 processes"),
-        ({"cuda_graphs": True, "carry_memory": True}, "cuda_graphs is set with carry_memory"),
+        ({"cuda_graphs": True, "detach_every": 2}, "cuda_graphs is set with detach_every"),
         (
             {"cuda_graphs": True, "torch_compile_mode": "reduce-overhead"},
             "cuda_graphs is set with torch_compile_mode reduce-overhead",

@@ -14,6 +14,7 @@ from infini_attention.models.config import convolved_channels
 from infini_attention.ops import MemoryState, infini_attention
 from infini_attention.ops.context_parallel import incoming_recent, incoming_state
 from infini_attention.ops.convolution import recent_after
+from infini_attention.ops.numbers import flags
 from infini_attention.ops.step import infini_attention_step
 from infini_attention.ops.write import write_whole
 
@@ -340,6 +341,7 @@ def _stopped(hidden: Tensor) -> Tensor:
     return hidden.detach().to(wanted)
 
 
+@torch.compiler.disable
 def _looking_back(state: MemoryState, before: MemoryState | None, seen: Tensor, recent: int) -> MemoryState:
     """The new `state` with what its next tokens look back at, `recent` tokens of what was `seen`.
 
@@ -349,6 +351,7 @@ def _looking_back(state: MemoryState, before: MemoryState | None, seen: Tensor, 
     tokens = state.length - (0 if before is None else before.length)
     whole = tokens - state.open_length  # the call's tokens up to the last end of a segment
     began = recent_after(seen, recent, whole.clamp(min=0))
-    if before is not None and before.recent is not None:
-        began = torch.where((whole < 0).to(seen.device)[:, None, None], before.recent, began)
+    earlier = (whole < 0).tolist()
+    if before is not None and before.recent is not None and any(earlier):
+        began = torch.where(flags(earlier, seen.device)[:, None, None], before.recent, began)
     return replace(state, recent=began, open_recent=recent_after(seen, recent, tokens))

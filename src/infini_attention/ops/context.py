@@ -15,6 +15,7 @@ from torch import Tensor
 
 from infini_attention.ops.layout import Whole
 from infini_attention.ops.local import local_attention
+from infini_attention.ops.numbers import flags
 from infini_attention.ops.options import Inputs, Options
 from infini_attention.ops.scan import scan
 from infini_attention.ops.state import MemoryState
@@ -96,7 +97,7 @@ def _contexts(start: Tensor, x: Tensor, block: Whole, state: MemoryState) -> tup
     elif not any(block.first):
         before, last = scan(start, block, lambda old, _: old)
     else:
-        first = torch.tensor(block.first, device=x.device)[:, None, None, None]
+        first = flags(block.first, x.device)[:, None, None, None]
         before, last = scan(start, block, lambda old, runs: torch.where(first[runs], new[runs], old))
     return before, last.clone()  # not a view of what was read: it would keep all of that alive
 
@@ -105,7 +106,7 @@ def _mask(block: Whole, length: int, context: int, device: torch.device) -> Tens
     """(runs, 1, length, context + length) bool, True = visible; None where all runs see their context."""
     if not any(block.first):
         return None
-    seen = ~torch.tensor(block.first, device=device)[:, None, None].expand(-1, length, context)
+    seen = ~flags(block.first, device)[:, None, None].expand(-1, length, context)
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril().expand(len(seen), -1, -1)
     return torch.cat([seen, causal], dim=2)[:, None]
 
@@ -116,5 +117,5 @@ def _where(rows: Sequence[bool], new: Tensor, old: Tensor) -> Tensor:
         return new.clone()
     if not any(rows):
         return old
-    chosen = torch.tensor(rows, device=old.device).view(-1, *[1] * (old.dim() - 1))
+    chosen = flags(rows, old.device).view(-1, *[1] * (old.dim() - 1))
     return torch.where(chosen, new, old)

@@ -299,7 +299,9 @@ def segment_positions(
     else:
         places = torch.arange(length, device=device).unsqueeze(0)
     if open_lengths is not None:
-        alike = padding_mask is None and bool((open_lengths == open_lengths[0]).all())
-        places = places + (open_lengths[:1] if alike else open_lengths).to(device)[:, None]
+        if padding_mask is None and len(alike := set(open_lengths.tolist())) == 1:
+            places = places + alike.pop()
+        else:
+            places = places + open_lengths.to(device)[:, None]
     places = places % segment_length
     return places if padding_mask is None else places.masked_fill(~mask, 0)

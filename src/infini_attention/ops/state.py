@@ -11,6 +11,7 @@ from torch import Tensor
 from infini_attention.ops import feature_maps
 from infini_attention.ops.local import context_tokens
 from infini_attention.ops.normalization import normalized, read
+from infini_attention.ops.numbers import flags
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,7 +26,8 @@ def is_empty(normalizer: Tensor) -> Tensor:
 
 def without_rows(x: Tensor, rows: Tensor) -> Tensor:
     """`x`, (batch, ...), with zeros in the given rows, (batch,) bool."""
-    return torch.where(rows.to(x.device).view(-1, *[1] * (x.dim() - 1)), torch.zeros_like(x), x)
+    chosen = flags(rows.tolist(), x.device).view(-1, *[1] * (x.dim() - 1))
+    return torch.where(chosen, torch.zeros_like(x), x)
 
 
 OPEN = ("local_key", "local_value", "open_context_key")  # right-padded to the longest open segment

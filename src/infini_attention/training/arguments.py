@@ -171,7 +171,6 @@ class InfiniTrainingArguments(TrainingArguments):
     def _check_graphs(self) -> None:
         others = {
             "several processes": self.world_size > 1,
-            "carry_memory": self.carry_memory,
             "checkpoint_segments": self.checkpoint_segments is not None,
             "detach_every": self.detach_every is not None,
             "gradient_checkpointing": self.gradient_checkpointing,

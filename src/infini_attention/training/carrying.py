@@ -27,6 +27,7 @@ STATES: dict[str, type[Any]] = {
         LinearAttentionState,
     )
 }
+HELD = ("state", "seen", "keeps_readings", "reading", "again")  # by a layer of a cache
 
 
 class Carried(NamedTuple):
@@ -74,7 +75,7 @@ class CarriedMemory:
         Raises ValueError where a batch has none, or has other rows than the last one; for a model that
         carries all keys; and for a baseline some of whose rows start in the midst of a segment.
         """
-        cache = _empty_cache(model)
+        cache = empty_cache(model)
         starts = inputs.get("starts_document")
         if starts is None:
             raise ValueError(
@@ -149,7 +150,8 @@ class CarriedMemory:
             self._carried.append(Carried(made(*each["state"]), each["seen"], reading))
 
 
-def _empty_cache(model: Any) -> InfiniCache:
+def empty_cache(model: Any) -> InfiniCache:
+    """A cache of the model's kind; ValueError for a model that carries all keys."""
     config: Any = model.config
     if isinstance(config, InfiniConfigMixin):
         config.check_every_layer_has_memory()
@@ -162,6 +164,22 @@ def _empty_cache(model: Any) -> InfiniCache:
             "leave it out"
         )
     return cache
+
+
+def contents(cache: InfiniCache | None) -> list[dict[str, Any]] | None:
+    """All that its layers hold, as `fill` takes it; None of None."""
+    if cache is None:
+        return None
+    return [{name: getattr(layer, name) for name in HELD} for layer in cache.layers]
+
+
+def fill(cache: InfiniCache | None, held: list[dict[str, Any]] | None) -> None:
+    """Have its layers hold what `contents` gave."""
+    if cache is None or held is None:
+        return
+    for layer, each in zip(cache.layers, held, strict=True):
+        for name, value in each.items():
+            setattr(layer, name, value)
 
 
 def _kept(state: Any, seen: int) -> tuple[Any, int]:

@@ -1,49 +1,51 @@
 """Forward and backward as CUDA graphs: the host launches a step at once, not kernel by kernel."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from infini_attention.ops.options import as_captured
 
-Inputs = dict[str, Any]
+Step = Callable[[Any], tuple[Tensor, Any]]
 WARM_UPS = 3  # steps before a capture, in which kernels are compiled and libraries allocate
 
 
 class GraphedSteps:
-    """Losses and gradients of a model's batches; each shape is captured once, and replayed from then on.
+    """Losses and gradients of a model's batches; each kind is captured once, and replayed from then on.
 
-    Gradients are added to those that are there, as by any backward pass. What is captured reads its inputs
-    and writes loss and gradients at fixed places; gradients that a trainer has dropped (`zero_grad`) are
-    handed out anew.
+    Batches are of a kind where all is alike but the numbers in tensors on the device: shapes, and what the
+    host looks at to plan the step, such as counts in tensors on the CPU. What is captured reads its inputs
+    and writes loss and gradients at fixed places. Gradients are added to those that are there, as by any
+    backward pass; those that a trainer has dropped (`zero_grad`) are handed out anew.
 
     Args:
         model: whose parameters get gradients.
-        loss_of: from a batch to its loss, without looking at any value on the host.
+        step: from a batch to its loss, and whatever else the step leaves, without looking at any value on
+            the device. Batches, and what is left, hold tensors in dicts, lists, tuples and dataclasses.
     """
 
-    def __init__(self, model: nn.Module, loss_of: Callable[[Inputs], Tensor]) -> None:
+    def __init__(self, model: nn.Module, step: Step) -> None:
         self._parameters = [each for each in model.parameters() if each.requires_grad]
         self._gradients = [torch.zeros_like(each) for each in self._parameters]
-        self._loss_of = loss_of
-        self._pool = torch.cuda.graph_pool_handle()
-        self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, Inputs, Tensor]] = {}
+        self._step = step
+        self._captures = Captures()
+        self._captured: dict[str, Captured] = {}
 
-    def __call__(self, inputs: Inputs) -> Tensor:
-        """The loss, 0-dim; gradients are in the parameters."""
+    def __call__(self, batch: Any) -> tuple[Tensor, Any]:
+        """The loss, 0-dim, and what else the step leaves; gradients are in the parameters."""
         if self._parameters[0].grad is not self._gradients[0]:
             self._hand_out()
-        shapes = tuple((name, x.shape, x.dtype) for name, x in inputs.items())
-        if shapes not in self._captured:
-            with as_captured():
-                self._captured[shapes] = self._capture(inputs)
-        graph, places, loss = self._captured[shapes]
-        for name, place in places.items():
-            place.copy_(inputs[name], non_blocking=True)
-        graph.replay()
-        return loss.clone()
+        kind = repr(mapped(_described, batch))
+        if kind not in self._captured:
+            self._captured[kind] = self._capture(batch)
+        replay, places, left = self._captured[kind]
+        torch._foreach_copy_(places, _for_device(batch), non_blocking=True)
+        replay()
+        loss, left = mapped(Tensor.clone, left)
+        return loss, left
 
     def _hand_out(self) -> None:
         """Have gradients where replays add to them, with what there is of them already."""
@@ -53,25 +55,85 @@ class GraphedSteps:
                 gradient.copy_(parameter.grad)
             parameter.grad = gradient
 
-    def _capture(self, inputs: Inputs) -> tuple[torch.cuda.CUDAGraph, Inputs, Tensor]:
-        places = {name: x.clone() for name, x in inputs.items()}
+    def _capture(self, batch: Any) -> "Captured":
+        batch = mapped(Tensor.clone, batch)
         gradients = [each.clone() for each in self._gradients]  # to which warm-ups add
+        replay, left = self._captures(lambda: self._backward(batch))
+        torch._foreach_copy_(self._gradients, gradients)
+        return Captured(replay, _for_device(batch), left)
+
+    def _backward(self, batch: Any) -> tuple[Tensor, Any]:
+        loss, left = self._step(batch)
+        loss.backward()
+        return mapped(Tensor.detach, (loss, left))
+
+
+class Captured(NamedTuple):
+    """A step of one kind of batch.
+
+    Attributes:
+        replay: has the device do it once more.
+        places: what it reads.
+        left: the loss, and what else it writes.
+    """
+
+    replay: Callable[[], None]
+    places: list[Tensor]
+    left: tuple[Tensor, Any]
+
+
+class Captures:
+    """Captures what is done on a GPU as CUDA graphs, which share their memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """How to do it once more, and what it returns, whose tensors are then written anew."""
         random = torch.cuda.get_rng_state()
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UPS):
-                self._step(places)
-        torch.cuda.current_stream().wait_stream(aside)
-        torch.cuda.set_rng_state(random)  # draws are the same whenever a shape is met first
-        torch._foreach_copy_(self._gradients, gradients)
-        graph = torch.cuda.CUDAGraph()
-        # "thread_local": the thread that pins the next batch may go on meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            loss = self._step(places)
-        return graph, places, loss
+        with as_captured():
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UPS):
+                    run()
+            torch.cuda.current_stream().wait_stream(aside)
+            torch.cuda.set_rng_state(random)  # draws are the same whenever a kind is met first
+            graph = torch.cuda.CUDAGraph()
+            # "thread_local": the thread that pins the next batch may go on meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                left = run()
+        return graph.replay, left
 
-    def _step(self, places: Inputs) -> Tensor:
-        loss = self._loss_of(places)
-        loss.backward()
-        return loss.detach()
+
+def mapped(function: Callable[[Tensor], Any], x: Any) -> Any:
+    """`x` with `function` of every tensor in its dicts, lists, tuples and dataclasses."""
+    if isinstance(x, Tensor):
+        return function(x)
+    if isinstance(x, dict):
+        return {name: mapped(function, each) for name, each in x.items()}
+    if isinstance(x, list):
+        return [mapped(function, each) for each in x]
+    if isinstance(x, tuple):
+        parts = (mapped(function, each) for each in x)
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    if is_dataclass(x) and not isinstance(x, type):
+        return replace(x, **{each.name: mapped(function, getattr(x, each.name)) for each in fields(x)})
+    return x
+
+
+def _for_device(x: Any) -> list[Tensor]:
+    """Its tensors, in order, but for those that are the host's."""
+    tensors: list[Tensor] = []
+    mapped(tensors.append, x)
+    return [each for each in tensors if not _for_host(each)]
+
+
+def _for_host(x: Tensor) -> bool:
+    """Whether its numbers are looked at when a step is planned."""
+    return x.device.type == "cpu"
+
+
+def _described(x: Tensor) -> tuple[Any, ...]:
+    """What makes a batch one of a kind."""
+    return x.dtype, x.tolist() if _for_host(x) else x.shape

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from infini_attention.models.loss import predicted, shifted
 from infini_attention.models.observe import Observation, gate_logits, gated_layers, observe
 from infini_attention.training.arguments import InfiniTrainingArguments
 from infini_attention.training.averaging import AveragedWeights
-from infini_attention.training.carrying import CarriedMemory
+from infini_attention.training.carrying import CarriedMemory, contents, empty_cache, fill
 from infini_attention.training.checkpoints import damage, keep_newest, newest_checkpoint, seal, unseal
 from infini_attention.training.context import ContextShare
 from infini_attention.training.graphs import GraphedSteps
@@ -82,6 +83,12 @@ class InfiniTrainer(Trainer):
             raise ValueError(
                 f"cuda_graphs is set and this process sees {self.args.n_gpu} GPUs, of which a captured step "
                 "uses one; show it one with CUDA_VISIBLE_DEVICES, or leave cuda_graphs out"
+            )
+        has_memory = isinstance(self._config, InfiniConfigMixin)
+        if self.args.cuda_graphs and self.args.carry_memory and not has_memory:
+            raise ValueError(
+                f"cuda_graphs and carry_memory are set, and a {type(self._config).__name__} counts on from "
+                "step to step, each of which would be captured anew; leave cuda_graphs out"
             )
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
@@ -244,7 +251,7 @@ class InfiniTrainer(Trainer):
         observed = dict(inputs)
         if self.args.carry_memory:
             observed[CACHE_ARGUMENT] = inputs[CACHE_ARGUMENT].copy()  # the step moves its own on
-        if self.args.cuda_graphs and self.args.device.type == "cuda":
+        if self._captures:
             loss = self._graphed_step(model, inputs, num_items_in_batch)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -282,17 +289,28 @@ class InfiniTrainer(Trainer):
         loss: Tensor = model(**inputs, **settings).loss
         return loss
 
+    @property
+    def _captures(self) -> bool:
+        return self.args.cuda_graphs and self.args.device.type == "cuda"
+
     def _graphed_step(self, model: Any, inputs: dict[str, Any], count: Tensor | int | None) -> Tensor:
         """Forward and backward of one batch as one graph."""
         if self._graphs is None:
-
-            def loss_of(batch: dict[str, Any]) -> Tensor:
-                with self.compute_loss_context_manager():  # here, so that what it casts is cast in the graph
-                    return self._loss_of(model, batch)
-
-            self._graphs = GraphedSteps(model, loss_of)
+            self._graphs = GraphedSteps(model, partial(self._captured_step, model))
         model.train()
-        return self._graphs(inputs | {"num_items_in_batch": count})
+        cache = inputs.get(CACHE_ARGUMENT)
+        batch = inputs | {"num_items_in_batch": count, CACHE_ARGUMENT: contents(cache)}
+        loss, left = self._graphs(batch)
+        fill(cache, left)
+        return loss
+
+    def _captured_step(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Any]:
+        """The loss of a batch with the contents of its cache, if it has one, and the contents after it."""
+        cache = None if batch[CACHE_ARGUMENT] is None else empty_cache(model)
+        fill(cache, batch[CACHE_ARGUMENT])
+        with self.compute_loss_context_manager():  # here, so that what it casts is cast in the graph
+            loss = self._loss_of(model, batch | {CACHE_ARGUMENT: cache})
+        return loss, contents(cache)
 
     def evaluation_loop(self, *arguments: Any, **settings: Any) -> EvalLoopOutput:
         """As ever: losses that are no number, of batches with nothing to predict, can be filtered out."""
