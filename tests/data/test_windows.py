@@ -106,6 +106,39 @@ def test_each_row_reads_whole_windows_one_after_the_other(
     assert sorted(each.tolist() for each in read) == expected
 
 
+@pytest.mark.parametrize(("rows", "parts"), [(1, 2), (3, 2), (4, 3), (20, 4)])
+def test_packed_rows_read_window_after_window_and_wait_for_none(
+    store: TokenStore, rows: int, parts: int
+) -> None:
+    split = SplitWindows(store, LENGTH, rows, parts, packed=True, seed=3)
+    fixed = SplitWindows(store, LENGTH, rows, parts, seed=3)
+    assert len(split) == split.steps * rows <= len(fixed)
+    read, loads = [], []
+    for row in range(rows):
+        items = [split[step * rows + row] for step in range(split.steps)]
+        starts = [bool(item["starts_document"]) for item in items]
+        filled = [bool((item["shift_labels"] != -100).any()) for item in items]
+        loads.append(sum(filled))
+        first = row * parts // rows % split.steps  # in the midst of a window, whose beginning comes last
+        items = [items[(step - first) % split.steps] for step in range(split.steps)]
+        filled = [filled[(step - first) % split.steps] for step in range(split.steps)]
+        assert filled == [True] * loads[-1] + [False] * (split.steps - loads[-1])
+        assert starts[0]
+        for item in items[: loads[-1]]:
+            begins = bool(item["starts_document"]) and int(item["input_ids"][0]) in begins_of(store, parts)
+            if begins:
+                read.append("")
+            read[-1] += text_of(item["shift_labels"])
+    assert max(loads) - min(loads) <= parts and split.steps == max(loads)
+    expected = [text_of(item["shift_labels"]) for item in Windows(store, LENGTH * parts)]
+    assert sorted(read) == sorted(expected)
+    assert split.filled == pytest.approx(sum(map(len, expected)) / (len(split) * LENGTH))
+
+
+def begins_of(store: TokenStore, parts: int) -> set[int]:
+    return {int(item["input_ids"][0]) for item in Windows(store, LENGTH * parts)}
+
+
 def test_as_many_rows_as_can_begin_a_window_in_every_step(store: TokenStore) -> None:
     split = SplitWindows(store, 4, 6, 3)
     begin = torch.tensor([bool(item["starts_document"]) for item in split]).view(-1, 6).sum(dim=1)
@@ -116,9 +149,10 @@ def test_as_many_rows_as_can_begin_a_window_in_every_step(store: TokenStore) -> 
     assert begin[1:].any(dim=2).sum(dim=1).max() == 1
 
 
-def test_every_epoch_deals_windows_anew(store: TokenStore) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_epoch_deals_windows_anew(store: TokenStore, packed: bool) -> None:
     def read(epoch: int, seed: int = 0) -> list[list[int]]:
-        split = SplitWindows(store, LENGTH, 2, 2, seed=seed)
+        split = SplitWindows(store, LENGTH, 2, 2, packed=packed, seed=seed)
         split.set_epoch(epoch)
         return [item["shift_labels"].tolist() for item in split]
 
@@ -161,6 +195,8 @@ def test_bad_sizes_are_refused(store: TokenStore) -> None:
         SplitWindows(store, 8, 2, 0)
     with pytest.raises(ValueError, match="together is 3, and there are 2 rows; give from 1 to 2"):
         SplitWindows(store, 8, 2, 2, together=3)
+    with pytest.raises(ValueError, match="together is 2, and packed rows begin one by one"):
+        SplitWindows(store, 8, 2, 2, together=2, packed=True)
     with pytest.raises(ValueError, match="9 documents have something to predict, for 10 rows; give fewer"):
         CarriedWindows(store, 8, 10)
     with pytest.raises(ValueError, match="length is 1; give at least 2"):

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from infini_attention.data.shards import TokenStore
-from infini_attention.data.windows import Windows
+from infini_attention.data.windows import SplitWindows, Windows
 from infini_attention.training import graphs
 from infini_attention.training.graphs import GraphedSteps, mapped
 from infini_attention.training.trainer import InfiniTrainer
 
-from .test_carrying import CASES, make, store, trainer
+from .test_carrying import CASES, PARTS, ROWS, SEGMENT, make, store, trainer
 
 __all__ = ["store"]  # a fixture
 MEMORIES = [case for case in CASES if case[0] in ("segment", "sliding", "sink", "convolved")]
@@ -121,9 +121,57 @@ def test_what_the_host_looks_at_makes_another_kind_of_batch(captured: None) -> N
     assert len(steps._captured) == 3
 
 
-def test_what_counts_on_from_step_to_step_is_not_captured(store: TokenStore, tmp_path: Path) -> None:
+def test_states_lie_at_the_same_places_whatever_the_kind(
+    store: TokenStore, tmp_path: Path, captured: None
+) -> None:
+    training = trainer(make("sliding"), store, tmp_path, cuda_graphs=True, max_steps=9)
+    training.train()
+    steps = training._graphs
+    assert steps is not None and len(steps._captured) > 3
+    places = {tuple(map(id, each.places)) for each in steps._captured.values()}
+    assert len(places) == 3  # with no states before, with one, and with one to read again after another
+
+
+def test_beyond_so_many_kinds_steps_run_as_they_are(
+    captured: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(graphs, "MOST_KINDS", 2)
+    graphs._say_that_it_is_enough.cache_clear()
+    model = torch.nn.Linear(1, 1, bias=False)
+    steps = GraphedSteps(model, lambda batch: (model(batch).sum(), batch * 2))
+    for rows in (1, 2, 3, 4, 1, 3):
+        loss, doubled = steps(torch.ones(rows, 1))
+        assert loss.item() == pytest.approx(rows * model.weight.item()) and not loss.requires_grad
+        assert torch.equal(doubled, torch.full((rows, 1), 2.0))
+    assert model.weight.grad.item() == 1 + 2 + 3 + 4 + 1 + 3
+    assert len(steps._captured) == 2
+    assert caplog.text.count("steps are of more than 2 kinds") == 1
+
+
+def test_what_cannot_be_captured_is_refused(store: TokenStore, tmp_path: Path, captured: None) -> None:
     with pytest.raises(ValueError, match=r"cuda_graphs and carry_memory are set, and a TransformerXLLlama"):
         trainer(make("transformer_xl"), store, tmp_path, cuda_graphs=True)
+    with pytest.raises(ValueError, match=r"a FullAttentionLlamaConfig has nothing of fixed size to carry"):
+        trainer(make("full"), store, tmp_path, cuda_graphs=True)
+    training = trainer(make("segment"), store, tmp_path, cuda_graphs=True)
+    training.train_dataset = SplitWindows(store, SEGMENT + 1, ROWS, PARTS)
+    with pytest.raises(ValueError, match=r"inputs have 5 tokens, .* cuda_graphs needs whole ones"):
+        training.train()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_mask_is_left_out_or_refused(
+    padded: bool, store: TokenStore, tmp_path: Path, captured: None
+) -> None:
+    row = {"input_ids": torch.arange(8), "labels": torch.arange(8), "attention_mask": torch.ones(8).long()}
+    row["attention_mask"][0] = int(not padded)
+    training = trainer(make("segment"), store, tmp_path, cuda_graphs=True, carry_memory=False, max_steps=2)
+    training.train_dataset = [row] * 8
+    if not padded:
+        training.train()
+        return
+    with pytest.raises(ValueError, match=r"cuda_graphs is set and attention_mask marks padding"):
+        training.train()
 
 
 def losses(training: InfiniTrainer) -> list[float]:

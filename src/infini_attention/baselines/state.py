@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from infini_attention.models.cache import InfiniCache, InfiniCacheLayer
+from infini_attention.ops.flags import flags
 from infini_attention.ops.local import continued
 from infini_attention.ops.state import without_rows
 
@@ -32,7 +33,7 @@ class RowState:
 
     def select(self, rows: Tensor) -> Self:
         """The given rows, in the given order; `rows` is (n,) integer and may repeat or drop rows."""
-        return self._map(lambda x: x.index_select(0, rows.to(x.device, torch.int64)))
+        return self._map(lambda x: x.index_select(0, rows.to(x.device, torch.int64, non_blocking=True)))
 
     def detach(self) -> Self:
         """The same values, cut off from the graph that made them."""
@@ -44,7 +45,9 @@ class RowState:
 
     def forget(self, rows: Tensor) -> Self:
         """The state in which the given rows start afresh; `rows` is (batch,) bool, True = forget."""
-        return self._map(lambda x: without_rows(x, rows)) if bool(rows.any()) else self
+        if not bool(rows.any()):
+            return self
+        return self._map(lambda x: without_rows(x, flags(rows.tolist(), x.device)))
 
     def to(self, device: torch.device | str) -> Self:
         """The state on `device`."""

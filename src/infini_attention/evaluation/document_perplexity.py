@@ -353,8 +353,8 @@ def _system(model: Any, trained: dict[str, Any] | None) -> str:
     if trained.get("stop_gradient"):
         names.append("stopped gradient")
     if trained.get("carried_through"):
-        together = ", together" if trained.get("carried_together") else ""
-        names.append(f"carried through {trained['carried_through']}{together}")
+        ways = [way for way in ("together", "packed") if trained.get(f"carried_{way}")]
+        names.append(", ".join([f"carried through {trained['carried_through']}", *ways]))
     if trained.get("read_again") is not None:
         names.append("read again" if trained["read_again"] else "not read again")
     return ", ".join(names)

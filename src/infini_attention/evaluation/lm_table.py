@@ -32,6 +32,7 @@ OF_TRAINING = (  # what seeds have in common
     "carried_through",
     "read_again",
     "carried_together",
+    "carried_packed",
 )
 CALLED_OTHERWISE = "call one of them otherwise, as NAME=FILE"  # where two files of a name are no seeds
 

@@ -14,7 +14,7 @@ from infini_attention.models.config import convolved_channels
 from infini_attention.ops import MemoryState, infini_attention
 from infini_attention.ops.context_parallel import incoming_recent, incoming_state
 from infini_attention.ops.convolution import recent_after
-from infini_attention.ops.numbers import flags
+from infini_attention.ops.flags import flags
 from infini_attention.ops.step import infini_attention_step
 from infini_attention.ops.write import write_whole
 

@@ -33,9 +33,12 @@ class Reading:
         """The given rows, in the given order; `rows` is (n,) integer."""
         return Reading(
             before=None if self.before is None else self.before.select(rows),
-            hidden=self.hidden.index_select(0, rows.to(self.hidden.device)),
+            hidden=self.hidden.index_select(0, rows.to(self.hidden.device, non_blocking=True)),
             ended=None if self.ended is None else self.ended[rows],
         )
+
+
+HELD = ("state", "seen", "keeps_readings", "reading", "again")  # by a layer with a memory
 
 
 class InfiniCacheLayer(CacheLayerMixin):
@@ -60,6 +63,15 @@ class InfiniCacheLayer(CacheLayerMixin):
         self.keeps_readings = False
         self.reading: Reading | None = None
         self.again: Reading | None = None
+
+    def contents(self) -> dict[str, Any]:
+        """All that it holds, as `fill` takes it."""
+        return {name: getattr(self, name) for name in HELD}
+
+    def fill(self, contents: dict[str, Any]) -> None:
+        """Hold what `contents` gave."""
+        for name in HELD:
+            setattr(self, name, contents[name])
 
     def advance(self, state: MemoryState, tokens: int) -> None:
         """Take over the `state` after `tokens` more tokens."""

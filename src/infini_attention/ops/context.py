@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from infini_attention.ops.flags import flags
 from infini_attention.ops.layout import Whole
 from infini_attention.ops.local import local_attention
-from infini_attention.ops.numbers import flags
 from infini_attention.ops.options import Inputs, Options
 from infini_attention.ops.scan import scan
 from infini_attention.ops.state import MemoryState

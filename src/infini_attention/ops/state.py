@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infini_attention.ops import feature_maps
+from infini_attention.ops.flags import flags
 from infini_attention.ops.local import context_tokens
 from infini_attention.ops.normalization import normalized, read
-from infini_attention.ops.numbers import flags
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,9 +25,8 @@ def is_empty(normalizer: Tensor) -> Tensor:
 
 
 def without_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """`x`, (batch, ...), with zeros in the given rows, (batch,) bool."""
-    chosen = flags(rows.tolist(), x.device).view(-1, *[1] * (x.dim() - 1))
-    return torch.where(chosen, torch.zeros_like(x), x)
+    """`x`, (batch, ...), with zeros in the given rows, (batch,) bool on its device."""
+    return torch.where(rows.view(-1, *[1] * (x.dim() - 1)), torch.zeros_like(x), x)
 
 
 OPEN = ("local_key", "local_value", "open_context_key")  # right-padded to the longest open segment
@@ -233,13 +232,17 @@ class MemoryState:
 
     def select(self, rows: Tensor) -> "MemoryState":
         """The given rows, in the given order; `rows` is (n,) integer and may repeat or drop rows."""
-        return self._map(lambda x: x.index_select(0, rows.to(x.device, torch.int64)))._trimmed()
+        rows = rows.to(torch.int64)
+        there = rows.to(self.memory.device, non_blocking=True)  # once, and the host does not wait
+        length = self.length.index_select(0, rows.to(self.length.device))
+        return self._map(lambda x: x.index_select(0, there), length=length)._trimmed()
 
     def forget(self, rows: Tensor) -> "MemoryState":
         """The state in which the given rows start afresh; `rows` is (batch,) bool, True = forget."""
         if not bool(rows.any()):
             return self
-        return self._map(lambda x: without_rows(x, rows))._trimmed()
+        there, length = flags(rows.tolist(), self.memory.device), without_rows(self.length, rows.cpu())
+        return self._map(lambda x: without_rows(x, there), length=length)._trimmed()
 
     def recounted(self) -> "MemoryState":
         """The state after the fewest tokens of which the next ones know no more: what comes is the same.

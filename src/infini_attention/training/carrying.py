@@ -27,7 +27,6 @@ STATES: dict[str, type[Any]] = {
         LinearAttentionState,
     )
 }
-HELD = ("state", "seen", "keeps_readings", "reading", "again")  # by a layer of a cache
 
 
 class Carried(NamedTuple):
@@ -60,7 +59,7 @@ class CarriedMemory:
 
     Rows go through the model in an order of their own: those that start afresh before those that go on, which
     stay as they were. Where as many do in every step, they are in the same places, for which layers can be
-    compiled.
+    compiled and steps captured.
     """
 
     def __init__(self, *, read_again: bool) -> None:
@@ -164,22 +163,6 @@ def empty_cache(model: Any) -> InfiniCache:
             "leave it out"
         )
     return cache
-
-
-def contents(cache: InfiniCache | None) -> list[dict[str, Any]] | None:
-    """All that its layers hold, as `fill` takes it; None of None."""
-    if cache is None:
-        return None
-    return [{name: getattr(layer, name) for name in HELD} for layer in cache.layers]
-
-
-def fill(cache: InfiniCache | None, held: list[dict[str, Any]] | None) -> None:
-    """Have its layers hold what `contents` gave."""
-    if cache is None or held is None:
-        return
-    for layer, each in zip(cache.layers, held, strict=True):
-        for name, value in each.items():
-            setattr(layer, name, value)
 
 
 def _kept(state: Any, seen: int) -> tuple[Any, int]:

@@ -1,7 +1,9 @@
 """Forward and backward as CUDA graphs: the host launches a step at once, not kernel by kernel."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +11,10 @@ from torch import Tensor, nn
 
 from infini_attention.ops.options import as_captured
 
+logger = logging.getLogger(__name__)
+
 Step = Callable[[Any], tuple[Tensor, Any]]
+MOST_KINDS = 64  # of batches that are captured; a graph holds memory, and takes a few steps' time
 WARM_UPS = 3  # steps before a capture, in which kernels are compiled and libraries allocate
 
 
@@ -31,6 +36,7 @@ class GraphedSteps:
         self._parameters = [each for each in model.parameters() if each.requires_grad]
         self._gradients = [torch.zeros_like(each) for each in self._parameters]
         self._step = step
+        self._places = Places()
         self._captures = Captures()
         self._captured: dict[str, Captured] = {}
 
@@ -39,6 +45,9 @@ class GraphedSteps:
         if self._parameters[0].grad is not self._gradients[0]:
             self._hand_out()
         kind = repr(mapped(_described, batch))
+        if kind not in self._captured and len(self._captured) == MOST_KINDS:
+            _say_that_it_is_enough()
+            return self._backward(batch)
         if kind not in self._captured:
             self._captured[kind] = self._capture(batch)
         replay, places, left = self._captured[kind]
@@ -56,11 +65,13 @@ class GraphedSteps:
             parameter.grad = gradient
 
     def _capture(self, batch: Any) -> "Captured":
-        batch = mapped(Tensor.clone, batch)
+        places = self._places.like(_for_device(batch))
+        torch._foreach_copy_(places, _for_device(batch))
+        batch = placed(batch, places)
         gradients = [each.clone() for each in self._gradients]  # to which warm-ups add
         replay, left = self._captures(lambda: self._backward(batch))
         torch._foreach_copy_(self._gradients, gradients)
-        return Captured(replay, _for_device(batch), left)
+        return Captured(replay, places, left)
 
     def _backward(self, batch: Any) -> tuple[Tensor, Any]:
         loss, left = self._step(batch)
@@ -87,6 +98,7 @@ class Captures:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._places = Places()  # outside of the pool: graphs may use the same memory between them
 
     def __call__(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """How to do it once more, and what it returns, whose tensors are then written anew."""
@@ -96,14 +108,37 @@ class Captures:
         with as_captured():
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UPS):
-                    run()
+                    left = run()
             torch.cuda.current_stream().wait_stream(aside)
+            places = self._places.like(_for_device(left))
+            del left
             torch.cuda.set_rng_state(random)  # draws are the same whenever a kind is met first
             graph = torch.cuda.CUDAGraph()
             # "thread_local": the thread that pins the next batch may go on meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 left = run()
-        return graph.replay, left
+                torch._foreach_copy_(places, _for_device(left))
+        return graph.replay, placed(left, places)
+
+
+class Places:
+    """Tensors that stay where they are, the same for all that is of the same shapes."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, list[Tensor]] = {}
+
+    def like(self, tensors: list[Tensor]) -> list[Tensor]:
+        """As many, of their shapes and dtypes; what stands there is to be written over."""
+        kind = tuple((x.dtype, x.shape) for x in tensors)
+        if kind not in self._made:
+            self._made[kind] = [torch.empty_like(x) for x in tensors]
+        return self._made[kind]
+
+
+def placed(x: Any, places: list[Tensor]) -> Any:
+    """`x` with these in place of its tensors for the device."""
+    each = iter(places)
+    return mapped(lambda tensor: tensor if _for_host(tensor) else next(each), x)
 
 
 def mapped(function: Callable[[Tensor], Any], x: Any) -> Any:
@@ -137,3 +172,12 @@ def _for_host(x: Tensor) -> bool:
 def _described(x: Tensor) -> tuple[Any, ...]:
     """What makes a batch one of a kind."""
     return x.dtype, x.tolist() if _for_host(x) else x.shape
+
+
+@cache
+def _say_that_it_is_enough() -> None:
+    logger.warning(
+        "steps are of more than %d kinds, and those beyond run uncaptured; give batches that are more alike, "
+        "or leave cuda_graphs out",
+        MOST_KINDS,
+    )

@@ -1,5 +1,6 @@
 """The data that a recipe describes: rows to train on, and others to measure by."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -28,6 +29,9 @@ from infini_attention.training.recipe import (
     SummariesRecipe,
 )
 
+logger = logging.getLogger(__name__)
+
+LEAST_FILLED = 0.75  # of what a step reads, below which a warning says how to leave less of it empty
 HELD_OUT = 1000  # sequences of the copy task, or of a cell's associative recall, that recall is measured on
 HELD_OUT_PROMPTS = 128  # with pass keys, as long as the longest trained on,
 LONGER = 4  # and so many times longer
@@ -131,23 +135,36 @@ def _summaries(recipe: Recipe, chosen: SummariesRecipe) -> Material:
 
 def _rows(stores: list[TokenStore], recipe: Recipe) -> Dataset:
     """The documents of all stores as a training's rows."""
-    args = recipe.training
-    if args.carry_memory:
-        data = recipe.data
-        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        by_rows = _may_start_alone(recipe)
-        if data.carried_length is None:
-            if not by_rows:
-                raise ValueError(
-                    f"training.carry_memory is set, and rows of model.baseline {recipe.model.baseline!r} "
-                    "start together where they have sinks or are no whole segments; set data.carried_length, "
-                    "or leave out the sinks and make data.length a multiple of model.segment_length"
-                )
-            return CarriedWindows(stores[0], data.length, rows, seed=args.seed)
-        parts = data.carried_length // data.length
-        together = rows if data.carried_together else 1 if by_rows else args.per_device_train_batch_size
-        return SplitWindows(stores[0], data.length, rows, parts, together=together, seed=args.seed)
+    if recipe.training.carry_memory:
+        return _carried_rows(stores[0], recipe)
     return ConcatDataset([_single_rows(store, recipe.data) for store in stores])
+
+
+def _carried_rows(store: TokenStore, recipe: Recipe) -> Dataset:
+    """Rows that go on from step to step."""
+    data, args = recipe.data, recipe.training
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    by_rows = _may_start_alone(recipe)
+    if not by_rows and (data.carried_length is None or data.carried_packed):
+        raise ValueError(
+            f"rows of model.baseline {recipe.model.baseline!r} start together where they have sinks or are "
+            "no whole segments; set data.carried_length without data.carried_packed, or leave out the sinks "
+            "and make data.length a multiple of model.segment_length"
+        )
+    if data.carried_length is None:
+        return CarriedWindows(store, data.length, rows, seed=args.seed)
+    parts = data.carried_length // data.length
+    together = rows if data.carried_together else 1 if by_rows else args.per_device_train_batch_size
+    how: dict[str, Any] = {"together": together, "packed": data.carried_packed, "seed": args.seed}
+    windows = SplitWindows(store, data.length, rows, parts, **how)
+    if windows.filled < LEAST_FILLED:
+        remedy = f"lower data.carried_length, {data.carried_length}"
+        remedy += "" if data.carried_packed else ", or set data.carried_packed"
+        empty = 1 - windows.filled
+        logger.warning(
+            "%.0f %% of what a step reads is beyond the ends of documents; %s", 100 * empty, remedy
+        )
+    return windows
 
 
 def _may_start_alone(recipe: Recipe) -> bool:

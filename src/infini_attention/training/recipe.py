@@ -211,6 +211,10 @@ class DataRecipe:
         carried_together: All rows then start afresh at the same steps; else at different ones. Those of a
             baseline with sinks, or with segments of which `length` is no multiple, start by batches, of which
             several make a step where they are accumulated or of several processes.
+        carried_packed: A row begins its next window in the step after the last one's text is over. Else
+            after `carried_length` tokens, with nothing to predict where a document has come to its end: as
+            many rows then begin in every step, for which layers of sliding attention and sinks are compiled
+            once.
         pack: Whole documents, or pieces of at most `length` tokens, are packed into one row a process, each
             with its own memory; else rows are windows of one document.
         shards: Folder for tokens, which are made once.
@@ -227,6 +231,7 @@ class DataRecipe:
     length: int = 32_768
     carried_length: int | None = None
     carried_together: bool = False
+    carried_packed: bool = False
     pack: bool = False
     shards: Path = Path("out/tokens")
     copy_task: CopyTaskRecipe | None = None
@@ -298,8 +303,9 @@ class Recipe:
             )
         if data.carried_length is not None:
             self._check_carried_length(data.carried_length)
-        elif data.carried_together:
-            raise ValueError("data.carried_together is set without data.carried_length; set both, or neither")
+        for name in ("carried_together", "carried_packed"):
+            if getattr(data, name) and data.carried_length is None:
+                raise ValueError(f"data.{name} is set without data.carried_length; set both, or neither")
         if data.more_documents and self.training.carry_memory:
             raise ValueError(
                 "data.more_documents and training.carry_memory exclude each other: a memory is carried "
@@ -319,6 +325,21 @@ class Recipe:
             raise ValueError(
                 f"data.carried_length is {tokens}; give twice data.length, {self.data.length}, or another "
                 "multiple of it"
+            )
+        if self.data.carried_packed:
+            self._check_packed()
+
+    def _check_packed(self) -> None:
+        """Raise ValueError where rows cannot begin whenever the text before is over."""
+        if self.data.carried_together:
+            raise ValueError(
+                "data.carried_packed and data.carried_together exclude each other; leave one out"
+            )
+        if self.training.torch_compile and self.model.local_attention != "segment":
+            raise ValueError(
+                "data.carried_packed and training.torch_compile are set, and layers with "
+                f"model.local_attention {self.model.local_attention!r} would be compiled for each number of "
+                "rows that begin; leave one of them out"
             )
 
     def _refuse_cuts(self, source: str) -> None:
@@ -360,7 +381,8 @@ class Recipe:
 
     def _refuse_settings_of_documents(self) -> None:
         """Raise ValueError for what a task that makes its own rows would not use."""
-        names = ["more_documents", "validation", "length", "carried_length", "carried_together", "pack"]
+        names = ["more_documents", "validation", "length", "carried_length", "carried_together"]
+        names += ["carried_packed", "pack"]
         names += ["tokenizer"] * self.data.makes_tokens
         given = [name for name in names if getattr(self.data, name) != getattr(DataRecipe(), name)]
         if given:

@@ -105,6 +105,8 @@ def _untold(recipe: Recipe) -> dict[str, Any]:
         told["read_again"] = args.read_again
     if data.carried_together:
         told["carried_together"] = True
+    if data.carried_packed:
+        told["carried_packed"] = True
     if args.stop_gradient:
         told["stop_gradient"] = True
     if model.memory and model.gate_init not in (None, model.usual_gate_init):

@@ -27,7 +27,7 @@ from infini_attention.models.loss import predicted, shifted
 from infini_attention.models.observe import Observation, gate_logits, gated_layers, observe
 from infini_attention.training.arguments import InfiniTrainingArguments
 from infini_attention.training.averaging import AveragedWeights
-from infini_attention.training.carrying import CarriedMemory, contents, empty_cache, fill
+from infini_attention.training.carrying import CarriedMemory, empty_cache
 from infini_attention.training.checkpoints import damage, keep_newest, newest_checkpoint, seal, unseal
 from infini_attention.training.context import ContextShare
 from infini_attention.training.graphs import GraphedSteps
@@ -84,12 +84,8 @@ class InfiniTrainer(Trainer):
                 f"cuda_graphs is set and this process sees {self.args.n_gpu} GPUs, of which a captured step "
                 "uses one; show it one with CUDA_VISIBLE_DEVICES, or leave cuda_graphs out"
             )
-        has_memory = isinstance(self._config, InfiniConfigMixin)
-        if self.args.cuda_graphs and self.args.carry_memory and not has_memory:
-            raise ValueError(
-                f"cuda_graphs and carry_memory are set, and a {type(self._config).__name__} counts on from "
-                "step to step, each of which would be captured anew; leave cuda_graphs out"
-            )
+        if self.args.cuda_graphs and self.args.carry_memory:
+            self._check_carried_graphs()
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
                 f"fsdp is set, and accelerate shards no weights of {self.args.world_size} processes on "
@@ -123,6 +119,15 @@ class InfiniTrainer(Trainer):
         if self.is_fsdp_enabled and self.args.bf16:
             # Weights are gathered as they are and computed with in bf16 by autocast: gates stay fp32.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+    def _check_carried_graphs(self) -> None:
+        """Raise ValueError for a model whose carried steps cannot be captured."""
+        empty_cache(self.model)
+        if not isinstance(self._config, InfiniConfigMixin):
+            raise ValueError(
+                f"cuda_graphs and carry_memory are set, and a {type(self._config).__name__} counts on from "
+                "step to step, each of which would be captured anew; leave cuda_graphs out"
+            )
 
     def _set_compilation(self) -> None:
         """Have `torch_compile` compile the layer that all layers are, not the model: in much less time.
@@ -298,19 +303,22 @@ class InfiniTrainer(Trainer):
         if self._graphs is None:
             self._graphs = GraphedSteps(model, partial(self._captured_step, model))
         model.train()
-        cache = inputs.get(CACHE_ARGUMENT)
-        batch = inputs | {"num_items_in_batch": count, CACHE_ARGUMENT: contents(cache)}
-        loss, left = self._graphs(batch)
-        fill(cache, left)
+        layers: list[Any] = inputs[CACHE_ARGUMENT].layers if CACHE_ARGUMENT in inputs else []
+        carried = [layer.contents() for layer in layers]
+        loss, left = self._graphs(inputs | {"num_items_in_batch": count, CACHE_ARGUMENT: carried})
+        for layer, contents in zip(layers, left, strict=True):
+            layer.fill(contents)
         return loss
 
     def _captured_step(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Any]:
-        """The loss of a batch with the contents of its cache, if it has one, and the contents after it."""
-        cache = None if batch[CACHE_ARGUMENT] is None else empty_cache(model)
-        fill(cache, batch[CACHE_ARGUMENT])
+        """The loss of a batch with the contents of its cache's layers, if it has any, and those after it."""
+        cache = empty_cache(model) if batch[CACHE_ARGUMENT] else None
+        layers: list[Any] = [] if cache is None else cache.layers
+        for layer, contents in zip(layers, batch[CACHE_ARGUMENT], strict=True):
+            layer.fill(contents)
         with self.compute_loss_context_manager():  # here, so that what it casts is cast in the graph
             loss = self._loss_of(model, batch | {CACHE_ARGUMENT: cache})
-        return loss, contents(cache)
+        return loss, [layer.contents() for layer in layers]
 
     def evaluation_loop(self, *arguments: Any, **settings: Any) -> EvalLoopOutput:
         """As ever: losses that are no number, of batches with nothing to predict, can be filtered out."""
@@ -372,10 +380,18 @@ class InfiniTrainer(Trainer):
                 f"least_segments is {args.least_segments}, and documents are packed, each as long as it is; "
                 "leave it out"
             )
-        if args.carry_memory and args.repeat_ceiling > 1 and length % size:
+        choosy = {"repeat_ceiling": args.repeat_ceiling > 1, "cuda_graphs": args.cuda_graphs}
+        for name in (name for name, given in choosy.items() if given):
+            if args.carry_memory and length % size:
+                raise ValueError(
+                    f"inputs have {length} tokens, which are no whole segments of {size}: with a memory that "
+                    f"is carried on, {name} needs whole ones; choose a multiple"
+                )
+        mask = inputs.pop("attention_mask", None) if args.cuda_graphs else None
+        if mask is not None and not bool(mask.all()):
             raise ValueError(
-                f"inputs have {length} tokens, which are no whole segments of {size}: with a memory that is "
-                "carried on, repeat_ceiling needs whole ones; choose a multiple"
+                "cuda_graphs is set and attention_mask marks padding, which a captured step cannot look at; "
+                "fill rows up on the right and leave the mask out, or leave cuda_graphs out"
             )
         if args.least_segments is not None:
             most = most_segments(

@@ -1,11 +1,11 @@
-"""Marks that the host knows, on a device."""
+"""What the host has marked, on a device."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-BITS = 62  # of an int64 that is shifted: none is its sign
+BITS = 63  # of an int64, none of them its sign
 
 
 def flags(values: Sequence[bool], device: torch.device | str) -> Tensor:
@@ -14,6 +14,6 @@ def flags(values: Sequence[bool], device: torch.device | str) -> Tensor:
     Computed there: the host would wait for a copy, and a CUDA graph could not be captured around it.
     """
     places = torch.arange(BITS, device=device)
-    parts = [values[start : start + BITS] for start in range(0, len(values), BITS)]
+    parts = [values[start : start + BITS] for start in range(0, max(1, len(values)), BITS)]
     packed = [sum(1 << place for place, value in enumerate(part) if value) for part in parts]
     return torch.cat([bits >> places & 1 for bits in packed])[: len(values)].bool()
