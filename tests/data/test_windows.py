@@ -1,6 +1,8 @@
 import pickle
 import string
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,13 @@ from transformers import DataCollatorWithFlattening
 from infini_attention.data.documents import Documents
 from infini_attention.data.shards import TokenStore, tokenized
 from infini_attention.data.tokenizers import byte_tokenizer
-from infini_attention.data.windows import CarriedWindows, PackedDocuments, SplitWindows, Windows
+from infini_attention.data.windows import (
+    CarriedWindows,
+    FlowingWindows,
+    PackedDocuments,
+    SplitWindows,
+    Windows,
+)
 
 LENGTH = 8
 SIZES = [20, 1, 2, 7, 8, 9, 10, 16, 17, 33]  # bytes of each document
@@ -107,36 +115,41 @@ def test_each_row_reads_whole_windows_one_after_the_other(
 
 
 @pytest.mark.parametrize(("rows", "parts"), [(1, 2), (3, 2), (4, 3), (20, 4)])
-def test_packed_rows_read_window_after_window_and_wait_for_none(
+def test_flowing_rows_take_window_after_window_and_wait_for_none(
     store: TokenStore, rows: int, parts: int
 ) -> None:
-    split = SplitWindows(store, LENGTH, rows, parts, packed=True, seed=3)
-    fixed = SplitWindows(store, LENGTH, rows, parts, seed=3)
-    assert len(split) == split.steps * rows <= len(fixed)
-    read, loads = [], []
-    for row in range(rows):
-        items = [split[step * rows + row] for step in range(split.steps)]
-        starts = [bool(item["starts_document"]) for item in items]
-        filled = [bool((item["shift_labels"] != -100).any()) for item in items]
-        loads.append(sum(filled))
-        first = row * parts // rows % split.steps  # in the midst of a window, whose beginning comes last
-        items = [items[(step - first) % split.steps] for step in range(split.steps)]
-        filled = [filled[(step - first) % split.steps] for step in range(split.steps)]
-        assert filled == [True] * loads[-1] + [False] * (split.steps - loads[-1])
-        assert starts[0]
-        for item in items[: loads[-1]]:
-            begins = bool(item["starts_document"]) and int(item["input_ids"][0]) in begins_of(store, parts)
-            if begins:
-                read.append("")
-            read[-1] += text_of(item["shift_labels"])
-    assert max(loads) - min(loads) <= parts and split.steps == max(loads)
+    flowing = FlowingWindows(store, LENGTH, rows, parts, seed=3)
     expected = [text_of(item["shift_labels"]) for item in Windows(store, LENGTH * parts)]
-    assert sorted(read) == sorted(expected)
-    assert split.filled == pytest.approx(sum(map(len, expected)) / (len(split) * LENGTH))
+    sizes = [-(-len(text) // LENGTH) for text in expected]
+    assert len(flowing) == flowing.steps * rows and flowing.steps == -(-sum(sizes) // rows)
+    read: list[list[str]] = [[] for _ in range(rows)]
+    for epoch in range(6):
+        flowing.set_epoch(epoch)
+        for index, item in enumerate(flowing):
+            row, text = index % rows, text_of(item["shift_labels"])
+            assert text  # no part is empty
+            if item["starts_document"]:
+                read[row].append("")
+            read[row][-1] += text
+    ended = Counter(text for texts in read for text in texts[1:-1])  # not in the midst of one
+    assert set(ended) <= set(expected)
+    passes = len(flowing) * 6 / sum(sizes)
+    counts, wanted = [ended[text] for text in expected], Counter(expected)
+    for text, count in zip(expected, counts, strict=True):
+        assert passes * wanted[text] - 1 - rows * 2 <= count <= (passes + 2) * wanted[text]
 
 
-def begins_of(store: TokenStore, parts: int) -> set[int]:
-    return {int(item["input_ids"][0]) for item in Windows(store, LENGTH * parts)}
+def test_flowing_rows_begin_at_different_steps_and_go_on_over_the_ends_of_epochs(store: TokenStore) -> None:
+    flowing = FlowingWindows(store, 4, 6, 3)
+    begin = torch.tensor([bool(item["starts_document"]) for item in flowing]).view(-1, 6)
+    assert begin[0].all() and not begin[1:].all(dim=1).any() and begin[1:3].sum(dim=0).max() == 1
+    last = [item["shift_labels"][-1] for item in list(flowing)[-6:]]
+    flowing.set_epoch(1)
+    following = list(flowing)[:6]
+    goes_on = [not item["starts_document"] for item in following]
+    assert any(goes_on)
+    for label, item, goes in zip(last, following, goes_on, strict=True):
+        assert not goes or item["input_ids"][0] == label
 
 
 def test_as_many_rows_as_can_begin_a_window_in_every_step(store: TokenStore) -> None:
@@ -149,15 +162,16 @@ def test_as_many_rows_as_can_begin_a_window_in_every_step(store: TokenStore) -> 
     assert begin[1:].any(dim=2).sum(dim=1).max() == 1
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_every_epoch_deals_windows_anew(store: TokenStore, packed: bool) -> None:
+@pytest.mark.parametrize("make", [SplitWindows, FlowingWindows])
+def test_every_epoch_deals_windows_anew(store: TokenStore, make: Any) -> None:
     def read(epoch: int, seed: int = 0) -> list[list[int]]:
-        split = SplitWindows(store, LENGTH, 2, 2, packed=packed, seed=seed)
-        split.set_epoch(epoch)
-        return [item["shift_labels"].tolist() for item in split]
+        windows = make(store, LENGTH, 2, 2, seed=seed)
+        windows.set_epoch(epoch)
+        return [item["shift_labels"].tolist() for item in windows]
 
     assert read(0) == read(0) != read(1) != read(0, seed=5)
-    assert sorted(read(0)) == sorted(read(1))
+    if make is SplitWindows:
+        assert sorted(read(0)) == sorted(read(1))
 
 
 def test_the_seed_decides_the_order_of_the_documents(store: TokenStore) -> None:
@@ -177,7 +191,13 @@ def test_packed_documents_predict_every_token_once_in_a_row_of_their_own(store: 
 
 
 @pytest.mark.parametrize(
-    "make", [lambda s: Windows(s, 4), lambda s: CarriedWindows(s, 4, 2), lambda s: SplitWindows(s, 4, 2, 2)]
+    "make",
+    [
+        lambda s: Windows(s, 4),
+        lambda s: CarriedWindows(s, 4, 2),
+        lambda s: SplitWindows(s, 4, 2, 2),
+        lambda s: FlowingWindows(s, 4, 2, 2),
+    ],
 )
 def test_items_do_not_depend_on_workers_or_pickling(store: TokenStore, make: type[Dataset]) -> None:
     windows = make(store)
@@ -195,8 +215,8 @@ def test_bad_sizes_are_refused(store: TokenStore) -> None:
         SplitWindows(store, 8, 2, 0)
     with pytest.raises(ValueError, match="together is 3, and there are 2 rows; give from 1 to 2"):
         SplitWindows(store, 8, 2, 2, together=3)
-    with pytest.raises(ValueError, match="together is 2, and packed rows begin one by one"):
-        SplitWindows(store, 8, 2, 2, together=2, packed=True)
+    with pytest.raises(ValueError, match="length is 8, rows 0 and parts 2; give at least 1 of each"):
+        FlowingWindows(store, 8, 0, 2)
     with pytest.raises(ValueError, match="9 documents have something to predict, for 10 rows; give fewer"):
         CarriedWindows(store, 8, 10)
     with pytest.raises(ValueError, match="length is 1; give at least 2"):
@@ -208,6 +228,7 @@ def test_there_is_no_window_beyond_the_last(store: TokenStore) -> None:
         Windows(store, 4),
         CarriedWindows(store, 4, 2),
         SplitWindows(store, 4, 2, 2),
+        FlowingWindows(store, 4, 2, 2),
         PackedDocuments(store, 4),
     ):
         with pytest.raises(IndexError):

@@ -14,7 +14,7 @@ from infini_attention.baselines import BASELINES
 from infini_attention.data.documents import Documents
 from infini_attention.data.shards import TokenStore, tokenized
 from infini_attention.data.tokenizers import byte_tokenizer
-from infini_attention.data.windows import CarriedWindows, SplitWindows, Windows
+from infini_attention.data.windows import CarriedWindows, FlowingWindows, SplitWindows, Windows
 from infini_attention.models import retrofit
 from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.models.config import InfiniConfigMixin
@@ -64,14 +64,14 @@ def trainer(model: Any, store: TokenStore, folder: Path, **settings: Any) -> Inf
     return InfiniTrainer(model=model, args=args, train_dataset=SplitWindows(store, LENGTH, ROWS, PARTS))
 
 
-def loss_of_whole_texts(model: Any, data: SplitWindows, step: int) -> float:
+def loss_of_whole_texts(model: Any, data: Any, step: int) -> float:
     """The mean loss of a step where all that a row has read of its text goes through in one piece."""
     logits, labels = [], []
-    for row in range(data.rows):
-        items = [data[number * data.rows + row] for number in range(step + 1)]
+    for row in range(ROWS):
+        items = [data[number * ROWS + row] for number in range(step + 1)]
         begin = max(number for number, item in enumerate(items) if item["starts_document"])
         ids = torch.cat([item["input_ids"] for item in items[begin:]])
-        logits.append(model(ids[None], use_cache=False).logits[0, -data.length :])
+        logits.append(model(ids[None], use_cache=False).logits[0, -len(items[-1]["input_ids"]) :])
         labels.append(items[-1]["shift_labels"])
     return F.cross_entropy(torch.cat(logits), torch.cat(labels)).nan_to_num().item()  # 0 for no labels
 
@@ -123,6 +123,27 @@ def test_what_is_carried_is_in_checkpoints(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_row_may_begin_whenever_the_text_before_is_over(
+    name: str, store: TokenStore, tmp_path: Path
+) -> None:
+    model, data, items = make(name).train(), FlowingWindows(store, LENGTH, ROWS, PARTS), []
+    for epoch in range(2):  # over whose end rows go on
+        data.set_epoch(epoch)
+        items += list(data)
+    steps, begin = len(items) // ROWS, [bool(item["starts_document"]) for item in items]
+    assert len({sum(begin[step * ROWS :][:ROWS]) for step in range(steps)}) > 2  # now many, now few
+    still = {"learning_rate": 0.0, "gate_learning_rate": 0.0, "weight_decay": 0.0}
+    training = trainer(model, store, tmp_path, max_steps=steps, **still)
+    training.train_dataset = FlowingWindows(store, LENGTH, ROWS, PARTS)
+    with torch.enable_grad():
+        training.train()
+    logged = [entry["loss"] for entry in training.state.log_history if "loss" in entry]
+    with torch.no_grad():
+        expected = [loss_of_whole_texts(model, items, step) for step in range(steps)]
+    assert logged == pytest.approx(expected, abs=1e-5)
+
+
 def test_what_is_carried_matters_here(store: TokenStore) -> None:
     for name in SYSTEMS:
         model, data = make(name).train(), SplitWindows(store, LENGTH, ROWS, PARTS, together=ROWS)

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from infini_attention.baselines import BASELINES
 from infini_attention.cli import main
 from infini_attention.data.tokenizers import open_tokenizer
-from infini_attention.data.windows import CarriedWindows
+from infini_attention.data.windows import CarriedWindows, FlowingWindows
 from infini_attention.models import FAMILIES, load_model
 from infini_attention.models.adapters import is_adapter, save_config
 from infini_attention.training.estimate import _counting, _kept
@@ -347,6 +347,20 @@ def test_a_memory_is_carried_through_whole_rows_or_not_at_all(tmp_path: Path) ->
         (carries, "--data.carried_length=160"): "data.carried_length is 160; give twice data.length, 64",
         (carries, "--data.carried_length=64"): "data.carried_length is 64; give twice data.length, 64, or",
         (carries, "--data.carried_together=true"): "carried_together is set without data.carried_length",
+        (carries, "--data.carried_packed=true"): "carried_packed is set without data.carried_length",
+        (
+            carries,
+            "--data.carried_length=128",
+            "--data.carried_packed=true",
+            "--data.carried_together=true",
+        ): "data.carried_packed and data.carried_together exclude each other",
+        (
+            carries,
+            "--data.carried_length=128",
+            "--data.carried_packed=true",
+            "--training.torch_compile=true",
+            "--model.local_attention=sliding",
+        ): "layers with model.local_attention 'sliding' would be compiled for each number of rows",
     }
     for options, words in wrong.items():
         with pytest.raises(ValueError, match=words):
@@ -354,8 +368,9 @@ def test_a_memory_is_carried_through_whole_rows_or_not_at_all(tmp_path: Path) ->
     (tmp_path / "xl").mkdir()
     xl = write(tmp_path / "xl", model={"baseline": "transformer_xl"}, training={"carry_memory": True})
     open_ends = "--model.segment_length=48"
-    with pytest.raises(ValueError, match=r"rows of model.baseline 'transformer_xl' start together where"):
-        load_material(read_recipe(xl, [open_ends]).recipe)
+    for options in ([], ["--data.carried_length=128", "--data.carried_packed=true"]):
+        with pytest.raises(ValueError, match=r"rows of model.baseline 'transformer_xl' start together where"):
+            load_material(read_recipe(xl, [open_ends, *options]).recipe)
     assert isinstance(load_material(read_recipe(xl).recipe).train, CarriedWindows)
     through = ["--data.carried_length=128"]
     with pytest.raises(ValueError, match=r"which has no use for training.read_again; leave out"):
@@ -372,6 +387,9 @@ def test_a_memory_is_carried_through_whole_rows_or_not_at_all(tmp_path: Path) ->
         rows = material.train
         assert (rows.rows, rows.parts, rows.together) == (8, 2, together)
         assert len(material.validation[0]["input_ids"]) == 128
+    packed = read_recipe(path, [carries, *through, "--data.carried_packed=true"]).recipe
+    rows = load_material(packed).train
+    assert isinstance(rows, FlowingWindows) and rows.parts == 2
     copy = ["--training.carry_memory=true", "--training.observe_steps=0"]
     for more in (
         [],

@@ -4,7 +4,10 @@ Every token of a document but its first, which has nothing before it, is to be p
 can be read in any order and by any number of workers.
 """
 
+import bisect
 import heapq
+import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -80,12 +83,7 @@ class CarriedWindows(Dataset[dict[str, Tensor]]):
         self.store, self.length, self.rows = store, length, rows
         windows = -(-(store.lengths - 1) // length)
         shuffled = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed)).numpy()
-        documents = shuffled[windows[shuffled] > 0]
-        if len(documents) < rows:
-            raise ValueError(
-                f"{len(documents)} documents have something to predict, for {rows} rows; give fewer rows"
-            )
-        self._documents = _deal(documents, windows, rows)
+        self._documents = _deal(shuffled[windows[shuffled] > 0], windows, rows)
         self._ends = [np.cumsum(windows[documents]) for documents in self._documents]
         self.steps = max(int(ends[-1]) for ends in self._ends)
 
@@ -105,13 +103,10 @@ class CarriedWindows(Dataset[dict[str, Tensor]]):
 class SplitWindows(Dataset[dict[str, Tensor]]):
     """Windows of which a step reads a part, of many documents: their memory is carried from part to part.
 
-    Each row of the batch goes through windows of at most `parts * length` tokens, a part a step. Rows begin
-    their windows at different steps, as evenly as can be: an epoch starts in the midst of most rows' first
-    window, whose beginning is read last. Windows are shuffled and dealt anew for every epoch. Item
+    Each row of the batch goes through windows of `parts * length` tokens, a part a step. Rows begin their
+    windows at different steps, as evenly as can be: an epoch starts in the midst of most rows' first window,
+    whose beginning is read last. Windows are shuffled and dealt anew for every epoch. Item
     `step * rows + row` is what `row` reads in `step`: read the items in their order, `rows` at a time.
-
-    Every window takes `parts` steps, the last of a document has nothing to predict in some: as many rows then
-    begin in every step. `packed`, a row begins its next window as soon as the last one's text is over.
 
     Items are those of `CarriedWindows`. Rows that have fewer windows are filled with such that have nothing
     to predict.
@@ -122,63 +117,34 @@ class SplitWindows(Dataset[dict[str, Tensor]]):
         rows: of a whole step, over all processes and all batches that are accumulated.
         parts: of a window.
         together: so many rows, side by side, begin their windows at the same steps.
-        packed: see above; rows then begin one by one.
         seed: of the shuffle.
 
     Raises:
-        ValueError: length, rows or parts below 1, `together` not from 1 to `rows`, or above 1 and `packed`.
+        ValueError: length, rows or parts below 1, or `together` not from 1 to `rows`.
     """
 
     def __init__(
-        self,
-        store: TokenStore,
-        length: int,
-        rows: int,
-        parts: int,
-        *,
-        together: int = 1,
-        packed: bool = False,
-        seed: int = 0,
+        self, store: TokenStore, length: int, rows: int, parts: int, *, together: int = 1, seed: int = 0
     ) -> None:
         if length < 1 or rows < 1 or parts < 1:
             raise ValueError(f"length is {length}, rows {rows} and parts {parts}; give at least 1 of each")
         if not 1 <= together <= rows:
             raise ValueError(f"together is {together}, and there are {rows} rows; give from 1 to {rows}")
-        if packed and together > 1:
-            raise ValueError(
-                f"together is {together}, and packed rows begin one by one; leave one of them out"
-            )
         self.store, self.length, self.rows, self.parts = store, length, rows, parts
-        self.together, self.packed, self.seed = together, packed, seed
-        tokens = np.maximum(store.lengths - 1, 0)
-        self._tokens = int(tokens.sum())
-        self._ends = np.cumsum(-(-tokens // (parts * length)))
-        self._sizes = np.full(int(self._ends[-1]), parts)  # of windows, in parts
-        if packed:
-            last = -(-(tokens % (parts * length)) // length)
-            self._sizes[self._ends[last > 0] - 1] = last[last > 0]
-        # Places in rows are dealt once, each for windows of one size: steps are as many in every epoch.
-        self._places = self._sizes[self._shuffled(seed)]
-        self._dealt = _deal(np.arange(len(self._places)), self._places, rows)
-        self._row_ends = [np.cumsum(self._places[places]) for places in self._dealt]
-        self.steps = max((int(ends[-1]) for ends in self._row_ends if len(ends)), default=0)
+        self.together, self.seed = together, seed
+        self._ends = np.cumsum(-(-np.maximum(store.lengths - 1, 0) // (parts * length)))
+        self.steps = -(-int(self._ends[-1]) // rows) * parts
         self.set_epoch(0)
 
     @property
     def filled(self) -> float:
         """The share of all positions that have something to predict."""
-        return self._tokens / max(1, len(self) * self.length)
+        return int(np.maximum(self.store.lengths - 1, 0).sum()) / max(1, len(self) * self.length)
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle as for this epoch."""
-        order = self._shuffled(self.seed + epoch)
-        self._order = np.empty_like(order)
-        for size in np.unique(self._sizes):
-            self._order[self._places == size] = order[self._sizes[order] == size]
-
-    def _shuffled(self, seed: int) -> np.ndarray:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randperm(len(self._sizes), generator=generator).numpy()
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        self._order = torch.randperm(int(self._ends[-1]), generator=generator).tolist()
 
     def __len__(self) -> int:
         return self.steps * self.rows
@@ -188,12 +154,80 @@ class SplitWindows(Dataset[dict[str, Tensor]]):
         step, row = divmod(range(len(self))[index], self.rows)
         first = row - row % self.together  # of those that begin with this one
         ahead = first * self.parts // self.rows
-        place, part = _find(self._row_ends[row], (step + ahead) % self.steps)
-        if place == len(self._dealt[row]):
+        turn, part = divmod((step + ahead) % self.steps, self.parts)
+        place = turn * self.rows + row
+        if place >= len(self._order):
             item = _nothing(self.length)
         else:
-            document, number = _find(self._ends, int(self._order[self._dealt[row][place]]))
+            document, number = _find(self._ends, self._order[place])
             item = _window(self.store, document, (number * self.parts + part) * self.length, self.length)
+        return item | {"starts_document": torch.tensor(part == 0 or step == 0)}
+
+
+class FlowingWindows(Dataset[dict[str, Tensor]]):
+    """Windows of which a step reads a part, and that no row waits for: where one is over the next begins.
+
+    As SplitWindows, but for that: a window has as many parts as its text, at most `parts`, and rows take the
+    next of all windows as soon as they are through with one. They go on so over the ends of epochs, in each
+    of which they read as many parts as there are; the windows of a pass are shuffled anew. Rows begin in the
+    midst of their first windows, as evenly as can be, and what is before that is left to the next pass. Item
+    `step * rows + row` is what `row` reads in `step`: read the items in their order, `rows` at a time.
+
+    Args:
+        store: the documents' tokens.
+        length: tokens a part.
+        rows: of a whole step, over all processes and all batches that are accumulated.
+        parts: of a window, at most.
+        seed: of the shuffle.
+
+    Raises:
+        ValueError: length, rows or parts below 1, or documents in which there is nothing to predict.
+    """
+
+    def __init__(self, store: TokenStore, length: int, rows: int, parts: int, *, seed: int = 0) -> None:
+        if length < 1 or rows < 1 or parts < 1:
+            raise ValueError(f"length is {length}, rows {rows} and parts {parts}; give at least 1 of each")
+        self.store, self.length, self.rows, self.parts, self.seed = store, length, rows, parts, seed
+        tokens = np.maximum(store.lengths - 1, 0)
+        self._ends = np.cumsum(-(-tokens // (parts * length)))
+        if not self._ends[-1]:
+            raise ValueError("no document has two tokens, of which one is predicted; give others")
+        self._sizes = np.full(int(self._ends[-1]), parts)
+        rest = -(-(tokens % (parts * length)) // length)  # of a document's last window, where it is shorter
+        self._sizes[self._ends[rest > 0] - 1] = rest[rest > 0]
+        self.steps = -(-int(self._sizes.sum()) // rows)
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle as for this epoch, and go on where the one before ends."""
+        self._epoch, end = epoch, (epoch + 1) * self.steps
+        self._read: list[list[tuple[int, int]]] = [[] for _ in range(self.rows)]  # when, and what window
+        free = [(-(row * self.parts // self.rows), row) for row in range(self.rows)]
+        heapq.heapify(free)
+        windows = self._passes()
+        while free[0][0] < end:
+            step, row = heapq.heappop(free)
+            window = next(windows)
+            self._read[row].append((step, window))
+            heapq.heappush(free, (step + int(self._sizes[window]), row))
+
+    def _passes(self) -> Iterator[int]:
+        for number in itertools.count(self.seed):
+            generator = torch.Generator().manual_seed(number)
+            yield from torch.randperm(len(self._sizes), generator=generator).tolist()
+
+    def __len__(self) -> int:
+        return self.steps * self.rows
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """What row `index % rows` reads in step `index // rows`."""
+        step, row = divmod(range(len(self))[index], self.rows)
+        step += self._epoch * self.steps
+        read = self._read[row]
+        began, window = read[bisect.bisect(read, step, key=lambda each: each[0]) - 1]
+        document, number = _find(self._ends, window)
+        part = step - began
+        item = _window(self.store, document, (number * self.parts + part) * self.length, self.length)
         return item | {"starts_document": torch.tensor(part == 0 or step == 0)}
 
 
@@ -226,12 +260,9 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
 
 
 def _find(ends: np.ndarray, index: int) -> tuple[int, int]:
-    """The text that part `index` is of, and which of its parts; `ends` counts parts up to each text's end.
-
-    Beyond the last text there is one more, of no end.
-    """
-    text = int(np.searchsorted(ends, index, side="right"))
-    return text, index - (int(ends[text - 1]) if text else 0)
+    """The document that window `index` is of, and which of its windows; `ends` counts windows up to each."""
+    document = int(np.searchsorted(ends, index, side="right"))
+    return document, index - (int(ends[document - 1]) if document else 0)
 
 
 def _window(store: TokenStore, document: int, start: int, length: int) -> dict[str, Tensor]:
@@ -249,12 +280,16 @@ def _nothing(length: int) -> dict[str, Tensor]:
     return {"input_ids": torch.zeros_like(labels), "shift_labels": labels}
 
 
-def _deal(texts: np.ndarray, sizes: np.ndarray, rows: int) -> list[list[int]]:
-    """Give each text in turn to the row that has the least so far; `sizes` are of all texts."""
+def _deal(documents: np.ndarray, windows: np.ndarray, rows: int) -> list[list[int]]:
+    """Give each document in turn to the row that has the fewest windows so far."""
+    if len(documents) < rows:
+        raise ValueError(
+            f"{len(documents)} documents have something to predict, for {rows} rows; give fewer rows"
+        )
     dealt: list[list[int]] = [[] for _ in range(rows)]
     loads = [(0, row) for row in range(rows)]
-    for text in texts:
+    for document in documents:
         load, row = heapq.heappop(loads)
-        dealt[row].append(int(text))
-        heapq.heappush(loads, (load + int(sizes[text]), row))
+        dealt[row].append(int(document))
+        heapq.heappush(loads, (load + int(windows[document]), row))
     return dealt

@@ -37,8 +37,8 @@ class InfiniTrainingArguments(TrainingArguments):
         stop_gradient: what memory is to hold, and what later segments see, teaches each layer's key and
             value projections, and not the layers below, as in Transformer-XL.
         carry_memory: the memory, or what a baseline carries, goes on from step to step, row by row, and
-            starts afresh where a row's `starts_document` says so. See `CarriedWindows` and `SplitWindows` of
-            `infini_attention.data.windows`.
+            starts afresh where a row's `starts_document` says so. See `CarriedWindows`, `SplitWindows` and
+            `FlowingWindows` of `infini_attention.data.windows`.
         read_again: each layer whose memory is carried first reads again what the step before has read (its
             last run alone, where there are several by `checkpoint_segments` or `detach_every`), if that was
             whole segments that count once: gradients reach the key and value projections through it, and

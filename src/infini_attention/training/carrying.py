@@ -78,8 +78,8 @@ class CarriedMemory:
         starts = inputs.get("starts_document")
         if starts is None:
             raise ValueError(
-                "carry_memory is set and the batch has no starts_document, (rows,) bool; use CarriedWindows "
-                "or SplitWindows, or add it to every example"
+                "carry_memory is set and the batch has no starts_document, (rows,) bool; use CarriedWindows, "
+                "SplitWindows or FlowingWindows, or add it to every example"
             )
         starts = self._turned(starts.cpu())
         layers: list[Any] = cache.layers

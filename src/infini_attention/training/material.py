@@ -19,7 +19,13 @@ from infini_attention.data.passkey import PasskeyTask
 from infini_attention.data.shards import TokenStore, tokenized
 from infini_attention.data.summaries import SummariesTask, open_summaries, with_end
 from infini_attention.data.tokenizers import open_tokenizer
-from infini_attention.data.windows import CarriedWindows, PackedDocuments, SplitWindows, Windows
+from infini_attention.data.windows import (
+    CarriedWindows,
+    FlowingWindows,
+    PackedDocuments,
+    SplitWindows,
+    Windows,
+)
 from infini_attention.training.models import segment_length_of
 from infini_attention.training.recipe import (
     AssociativeRecallRecipe,
@@ -154,15 +160,16 @@ def _carried_rows(store: TokenStore, recipe: Recipe) -> Dataset:
     if data.carried_length is None:
         return CarriedWindows(store, data.length, rows, seed=args.seed)
     parts = data.carried_length // data.length
+    if data.carried_packed:
+        return FlowingWindows(store, data.length, rows, parts, seed=args.seed)
     together = rows if data.carried_together else 1 if by_rows else args.per_device_train_batch_size
-    how: dict[str, Any] = {"together": together, "packed": data.carried_packed, "seed": args.seed}
-    windows = SplitWindows(store, data.length, rows, parts, **how)
+    windows = SplitWindows(store, data.length, rows, parts, together=together, seed=args.seed)
     if windows.filled < LEAST_FILLED:
-        remedy = f"lower data.carried_length, {data.carried_length}"
-        remedy += "" if data.carried_packed else ", or set data.carried_packed"
-        empty = 1 - windows.filled
         logger.warning(
-            "%.0f %% of what a step reads is beyond the ends of documents; %s", 100 * empty, remedy
+            "%.0f %% of what a step reads is beyond the ends of documents; set data.carried_packed, or lower "
+            "data.carried_length, %d",
+            100 * (1 - windows.filled),
+            data.carried_length,
         )
     return windows
 

@@ -212,7 +212,7 @@ class DataRecipe:
             baseline with sinks, or with segments of which `length` is no multiple, start by batches, of which
             several make a step where they are accumulated or of several processes.
         carried_packed: A row begins its next window in the step after the last one's text is over. Else
-            after `carried_length` tokens, with nothing to predict where a document has come to its end: as
+            at the end of `carried_length` tokens, with nothing to predict where a document has come to its end: as
             many rows then begin in every step, for which layers of sliding attention and sinks are compiled
             once.
         pack: Whole documents, or pieces of at most `length` tokens, are packed into one row a process, each
