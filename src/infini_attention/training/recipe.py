@@ -211,10 +211,9 @@ class DataRecipe:
         carried_together: All rows then start afresh at the same steps; else at different ones. Those of a
             baseline with sinks, or with segments of which `length` is no multiple, start by batches, of which
             several make a step where they are accumulated or of several processes.
-        carried_packed: A row begins its next window in the step after the last one's text is over. Else
-            at the end of `carried_length` tokens, with nothing to predict where a document has come to its end: as
-            many rows then begin in every step, for which layers of sliding attention and sinks are compiled
-            once.
+        carried_packed: A row begins its next window in the step after the last one's text is over. Else it
+            waits for the end of `carried_length` tokens, with nothing to predict: as many rows then begin in
+            every step, for which layers of sliding attention and sinks are compiled once.
         pack: Whole documents, or pieces of at most `length` tokens, are packed into one row a process, each
             with its own memory; else rows are windows of one document.
         shards: Folder for tokens, which are made once.
