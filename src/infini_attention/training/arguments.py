@@ -45,9 +45,9 @@ class InfiniTrainingArguments(TrainingArguments):
             nothing older. None for where local attention sees other segments, whose keys nothing else
             teaches across a step.
         context_parallel_size: so many processes share each sequence, a run of whole segments each.
-        cuda_graphs: forward and backward of each kind of batch are captured as a CUDA graph once and then
-            replayed, for models that wait for the host; on one GPU, and where what is carried is a memory. On
-            a CPU there is nothing to capture, and steps run as ever. `torch_compile` (transformers' own; here
+        cuda_graphs: forward and backward of each kind of batch, 64 kinds at most, are captured as a CUDA
+            graph once and then replayed, for models that wait for the host; on one GPU, and where what is
+            carried is a memory. On a CPU there is nothing to capture, and steps run as ever. `torch_compile` (transformers' own; here
             layer by layer) fuses kernels before that; it is for rows of one length that go through whole, and
             are whole segments where a memory is carried: each number of segments, each way that open segments
             differ and packed documents would be compiled anew.
