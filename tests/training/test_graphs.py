@@ -136,7 +136,6 @@ def test_beyond_so_many_kinds_steps_run_as_they_are(
     captured: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(graphs, "MOST_KINDS", 2)
-    graphs._say_that_it_is_enough.cache_clear()
     model = torch.nn.Linear(1, 1, bias=False)
     steps = GraphedSteps(model, lambda batch: (model(batch).sum(), batch * 2))
     for rows in (1, 2, 3, 4, 1, 3):

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from infini_attention.models.cache import InfiniCache, InfiniCacheLayer
 from infini_attention.ops.flags import flags
 from infini_attention.ops.local import continued
-from infini_attention.ops.state import without_rows
+from infini_attention.ops.state import chosen, without_rows
 
 
 @dataclass
@@ -33,7 +33,7 @@ class RowState:
 
     def select(self, rows: Tensor) -> Self:
         """The given rows, in the given order; `rows` is (n,) integer and may repeat or drop rows."""
-        return self._map(lambda x: x.index_select(0, rows.to(x.device, torch.int64, non_blocking=True)))
+        return self._map(lambda x: chosen(x, rows))
 
     def detach(self) -> Self:
         """The same values, cut off from the graph that made them."""

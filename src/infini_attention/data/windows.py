@@ -6,8 +6,6 @@ can be read in any order and by any number of workers.
 
 import bisect
 import heapq
-import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -132,14 +130,14 @@ class SplitWindows(Dataset[dict[str, Tensor]]):
             raise ValueError(f"together is {together}, and there are {rows} rows; give from 1 to {rows}")
         self.store, self.length, self.rows, self.parts = store, length, rows, parts
         self.together, self.seed = together, seed
-        self._ends = np.cumsum(-(-np.maximum(store.lengths - 1, 0) // (parts * length)))
+        self._ends = _window_ends(store, parts * length)
         self.steps = -(-int(self._ends[-1]) // rows) * parts
         self.set_epoch(0)
 
     @property
     def filled(self) -> float:
         """The share of all positions that have something to predict."""
-        return int(np.maximum(self.store.lengths - 1, 0).sum()) / max(1, len(self) * self.length)
+        return int(_predicted(self.store).sum()) / max(1, len(self) * self.length)
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle as for this epoch."""
@@ -169,9 +167,10 @@ class FlowingWindows(Dataset[dict[str, Tensor]]):
 
     As SplitWindows, but for that: a window has as many parts as its text, at most `parts`, and rows take the
     next of all windows as soon as they are through with one. They go on so over the ends of epochs, in each
-    of which they read as many parts as there are; the windows of a pass are shuffled anew. Rows begin in the
-    midst of their first windows, as evenly as can be, and what is before that is left to the next pass. Item
-    `step * rows + row` is what `row` reads in `step`: read the items in their order, `rows` at a time.
+    of which they read as many parts as there are; the windows of a pass are shuffled anew. Rows begin as
+    evenly spread as can be, as if they had read before the first step: up to `parts` parts each, which are
+    left to later passes. Item `step * rows + row` is what `row` reads in `step`: read the items in their
+    order, `rows` at a time.
 
     Args:
         store: the documents' tokens.
@@ -188,33 +187,47 @@ class FlowingWindows(Dataset[dict[str, Tensor]]):
         if length < 1 or rows < 1 or parts < 1:
             raise ValueError(f"length is {length}, rows {rows} and parts {parts}; give at least 1 of each")
         self.store, self.length, self.rows, self.parts, self.seed = store, length, rows, parts, seed
-        tokens = np.maximum(store.lengths - 1, 0)
-        self._ends = np.cumsum(-(-tokens // (parts * length)))
+        self._ends = _window_ends(store, parts * length)
         if not self._ends[-1]:
             raise ValueError("no document has two tokens, of which one is predicted; give others")
         self._sizes = np.full(int(self._ends[-1]), parts)
-        rest = -(-(tokens % (parts * length)) // length)  # of a document's last window, where it is shorter
+        rest = -(-(_predicted(store) % (parts * length)) // length)  # of a last window that is shorter
         self._sizes[self._ends[rest > 0] - 1] = rest[rest > 0]
         self.steps = -(-int(self._sizes.sum()) // rows)
+        self._begin()
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle as for this epoch, and go on where the one before ends."""
-        self._epoch, end = epoch, (epoch + 1) * self.steps
-        self._read: list[list[tuple[int, int]]] = [[] for _ in range(self.rows)]  # when, and what window
-        free = [(-(row * self.parts // self.rows), row) for row in range(self.rows)]
-        heapq.heapify(free)
-        windows = self._passes()
-        while free[0][0] < end:
-            step, row = heapq.heappop(free)
-            window = next(windows)
-            self._read[row].append((step, window))
-            heapq.heappush(free, (step + int(self._sizes[window]), row))
+        """Be where this epoch begins: where the one before ends."""
+        if epoch < self._epoch:
+            self._begin()
+        while self._epoch < epoch:
+            self._go_on()
 
-    def _passes(self) -> Iterator[int]:
-        for number in itertools.count(self.seed):
-            generator = torch.Generator().manual_seed(number)
-            yield from torch.randperm(len(self._sizes), generator=generator).tolist()
+    def _begin(self) -> None:
+        self._epoch, self._taken = -1, 0
+        self._free = [(-(row * self.parts // self.rows), row) for row in range(self.rows)]  # when
+        heapq.heapify(self._free)
+        self._read: list[list[tuple[int, int]]] = [[] for _ in range(self.rows)]  # from when, what window
+
+    def _go_on(self) -> None:
+        """Let rows take the next epoch's windows."""
+        self._epoch += 1
+        end = (self._epoch + 1) * self.steps
+        self._read = [read[-1:] for read in self._read]  # which may go on
+        while self._free[0][0] < end:
+            step, row = self._free[0]
+            window = self._next()
+            self._read[row].append((step, window))
+            heapq.heapreplace(self._free, (step + int(self._sizes[window]), row))
+
+    def _next(self) -> int:
+        number, place = divmod(self._taken, len(self._sizes))
+        if not place:
+            generator = torch.Generator().manual_seed(self.seed + number)
+            self._order = torch.randperm(len(self._sizes), generator=generator).numpy()
+        self._taken += 1
+        return int(self._order[place])
 
     def __len__(self) -> int:
         return self.steps * self.rows
@@ -257,6 +270,16 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
         start = number * (self.length - 1)
         tokens = self.store.document(document, start, start + self.length)
         return {"input_ids": tokens, "labels": tokens}
+
+
+def _predicted(store: TokenStore) -> np.ndarray:
+    """How many tokens of each document are to be predicted."""
+    return np.maximum(store.lengths - 1, 0)
+
+
+def _window_ends(store: TokenStore, tokens: int) -> np.ndarray:
+    """How many windows of so many tokens the documents have, up to each one's end."""
+    return np.cumsum(-(-_predicted(store) // tokens))
 
 
 def _find(ends: np.ndarray, index: int) -> tuple[int, int]:

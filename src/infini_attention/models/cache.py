@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from infini_attention.models.config import InfiniConfigMixin
 from infini_attention.ops import MemoryState
+from infini_attention.ops.state import chosen
 from infini_attention.ops.step import StepBuffers
 
 
@@ -33,7 +34,7 @@ class Reading:
         """The given rows, in the given order; `rows` is (n,) integer."""
         return Reading(
             before=None if self.before is None else self.before.select(rows),
-            hidden=self.hidden.index_select(0, rows.to(self.hidden.device, non_blocking=True)),
+            hidden=chosen(self.hidden, rows),
             ended=None if self.ended is None else self.ended[rows],
         )
 

@@ -29,6 +29,11 @@ def without_rows(x: Tensor, rows: Tensor) -> Tensor:
     return torch.where(rows.view(-1, *[1] * (x.dim() - 1)), torch.zeros_like(x), x)
 
 
+def chosen(x: Tensor, rows: Tensor) -> Tensor:
+    """The given rows of `x`, (n,) integer on any device; the host waits for none that it sends."""
+    return x.index_select(0, rows.to(x.device, torch.int64, non_blocking=rows.device.type == "cpu"))
+
+
 OPEN = ("local_key", "local_value", "open_context_key")  # right-padded to the longest open segment
 
 
@@ -118,7 +123,7 @@ class MemoryState:
             pending_normalizer=zeros(feature_dim, dtype=state_dtype(dtype)),
             local_key=zeros(0, head_dim, dtype=dtype),
             local_value=zeros(0, value_dim, dtype=dtype),
-            length=torch.zeros(batch_size, dtype=torch.int64),
+            length=torch.zeros(batch_size, dtype=torch.int64, device="cpu"),
             segment_length=segment_length,
             **outside,
         )
@@ -232,10 +237,7 @@ class MemoryState:
 
     def select(self, rows: Tensor) -> "MemoryState":
         """The given rows, in the given order; `rows` is (n,) integer and may repeat or drop rows."""
-        rows = rows.to(torch.int64)
-        there = rows.to(self.memory.device, non_blocking=True)  # once, and the host does not wait
-        length = self.length.index_select(0, rows.to(self.length.device))
-        return self._map(lambda x: x.index_select(0, there), length=length)._trimmed()
+        return self._map(lambda x: chosen(x, rows))._trimmed()
 
     def forget(self, rows: Tensor) -> "MemoryState":
         """The state in which the given rows start afresh; `rows` is (batch,) bool, True = forget."""

@@ -47,10 +47,11 @@ class InfiniTrainingArguments(TrainingArguments):
         context_parallel_size: so many processes share each sequence, a run of whole segments each.
         cuda_graphs: forward and backward of each kind of batch, 64 kinds at most, are captured as a CUDA
             graph once and then replayed, for models that wait for the host; on one GPU, and where what is
-            carried is a memory. On a CPU there is nothing to capture, and steps run as ever. `torch_compile` (transformers' own; here
-            layer by layer) fuses kernels before that; it is for rows of one length that go through whole, and
-            are whole segments where a memory is carried: each number of segments, each way that open segments
-            differ and packed documents would be compiled anew.
+            carried is a memory. On a CPU there is nothing to capture, and steps run as ever.
+        torch_compile: transformers' own, which here fuses kernels layer by layer, before steps are captured;
+            for rows of one length that go through whole, and are whole segments where a memory is carried:
+            each number of segments, each way that open segments differ and packed documents would be
+            compiled anew.
         ema_decay: at the end the weights are their exponential moving average over some 1 / (1 - ema_decay)
             steps, as are then those that are measured and saved; checkpoints keep both. None for the last
             step's weights. See `training.averaging`.
@@ -129,6 +130,11 @@ class InfiniTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"read_again is {self.read_again}, and nothing is carried from step to step; set "
                 "carry_memory, or leave it out"
+            )
+        if self.carry_memory and self.ignore_data_skip:
+            raise ValueError(
+                "carry_memory and ignore_data_skip are set, and rows would go on from a checkpoint's memory "
+                "with texts that it is not of; leave the latter out"
             )
         if self.carry_memory and self.dataloader_persistent_workers:
             raise ValueError(

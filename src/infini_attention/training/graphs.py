@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +38,7 @@ class GraphedSteps:
         self._places = Places()
         self._captures = Captures()
         self._captured: dict[str, Captured] = {}
+        self._has_said = False
 
     def __call__(self, batch: Any) -> tuple[Tensor, Any]:
         """The loss, 0-dim, and what else the step leaves; gradients are in the parameters."""
@@ -46,7 +46,7 @@ class GraphedSteps:
             self._hand_out()
         kind = repr(mapped(_described, batch))
         if kind not in self._captured and len(self._captured) == MOST_KINDS:
-            _say_that_it_is_enough()
+            self._say_that_it_is_enough()
             return self._backward(batch)
         if kind not in self._captured:
             self._captured[kind] = self._capture(batch)
@@ -66,12 +66,21 @@ class GraphedSteps:
 
     def _capture(self, batch: Any) -> "Captured":
         places = self._places.like(_for_device(batch))
-        torch._foreach_copy_(places, _for_device(batch))
+        torch._foreach_copy_(places, _for_device(batch))  # for the warm-ups
         batch = placed(batch, places)
         gradients = [each.clone() for each in self._gradients]  # to which warm-ups add
         replay, left = self._captures(lambda: self._backward(batch))
         torch._foreach_copy_(self._gradients, gradients)
         return Captured(replay, places, left)
+
+    def _say_that_it_is_enough(self) -> None:
+        if not self._has_said:
+            logger.warning(
+                "steps are of more than %d kinds, and those beyond run uncaptured; give batches that are "
+                "more alike, or leave cuda_graphs out",
+                MOST_KINDS,
+            )
+        self._has_said = True
 
     def _backward(self, batch: Any) -> tuple[Tensor, Any]:
         loss, left = self._step(batch)
@@ -172,12 +181,3 @@ def _for_host(x: Tensor) -> bool:
 def _described(x: Tensor) -> tuple[Any, ...]:
     """What makes a batch one of a kind."""
     return x.dtype, x.tolist() if _for_host(x) else x.shape
-
-
-@cache
-def _say_that_it_is_enough() -> None:
-    logger.warning(
-        "steps are of more than %d kinds, and those beyond run uncaptured; give batches that are more alike, "
-        "or leave cuda_graphs out",
-        MOST_KINDS,
-    )

@@ -166,8 +166,8 @@ def _carried_rows(store: TokenStore, recipe: Recipe) -> Dataset:
     windows = SplitWindows(store, data.length, rows, parts, together=together, seed=args.seed)
     if windows.filled < LEAST_FILLED:
         logger.warning(
-            "%.0f %% of what a step reads is beyond the ends of documents; set data.carried_packed, or lower "
-            "data.carried_length, %d",
+            "%.0f %% of what a step reads is empty, beyond the end of a document or of a row's last one; "
+            "lower data.carried_length from %d, or set data.carried_packed where rows need not wait",
             100 * (1 - windows.filled),
             data.carried_length,
         )

@@ -84,7 +84,7 @@ class InfiniTrainer(Trainer):
                 f"cuda_graphs is set and this process sees {self.args.n_gpu} GPUs, of which a captured step "
                 "uses one; show it one with CUDA_VISIBLE_DEVICES, or leave cuda_graphs out"
             )
-        if self.args.cuda_graphs and self.args.carry_memory:
+        if self._captures and self.args.carry_memory:
             self._check_carried_graphs()
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
@@ -380,14 +380,14 @@ class InfiniTrainer(Trainer):
                 f"least_segments is {args.least_segments}, and documents are packed, each as long as it is; "
                 "leave it out"
             )
-        choosy = {"repeat_ceiling": args.repeat_ceiling > 1, "cuda_graphs": args.cuda_graphs}
-        for name in (name for name, given in choosy.items() if given):
-            if args.carry_memory and length % size:
+        choosy = {"repeat_ceiling": args.repeat_ceiling > 1, "cuda_graphs": self._captures}
+        for name, given in choosy.items():
+            if given and args.carry_memory and length % size:
                 raise ValueError(
                     f"inputs have {length} tokens, which are no whole segments of {size}: with a memory that "
                     f"is carried on, {name} needs whole ones; choose a multiple"
                 )
-        mask = inputs.pop("attention_mask", None) if args.cuda_graphs else None
+        mask = inputs.pop("attention_mask", None) if self._captures else None
         if mask is not None and not bool(mask.all()):
             raise ValueError(
                 "cuda_graphs is set and attention_mask marks padding, which a captured step cannot look at; "
