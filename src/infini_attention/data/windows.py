@@ -80,7 +80,7 @@ class CarriedWindows(Dataset[dict[str, Tensor]]):
             raise ValueError(f"length is {length} and rows {rows}; give at least 1 of each")
         self.store, self.length, self.rows = store, length, rows
         windows = -(-(store.lengths - 1) // length)
-        shuffled = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed)).numpy()
+        shuffled = _shuffled(len(store), seed)
         self._documents = _deal(shuffled[windows[shuffled] > 0], windows, rows)
         self._ends = [np.cumsum(windows[documents]) for documents in self._documents]
         self.steps = max(int(ends[-1]) for ends in self._ends)
@@ -124,8 +124,7 @@ class SplitWindows(Dataset[dict[str, Tensor]]):
     def __init__(
         self, store: TokenStore, length: int, rows: int, parts: int, *, together: int = 1, seed: int = 0
     ) -> None:
-        if length < 1 or rows < 1 or parts < 1:
-            raise ValueError(f"length is {length}, rows {rows} and parts {parts}; give at least 1 of each")
+        _check_sizes(length, rows, parts)
         if not 1 <= together <= rows:
             raise ValueError(f"together is {together}, and there are {rows} rows; give from 1 to {rows}")
         self.store, self.length, self.rows, self.parts = store, length, rows, parts
@@ -141,8 +140,7 @@ class SplitWindows(Dataset[dict[str, Tensor]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle as for this epoch."""
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        self._order = torch.randperm(int(self._ends[-1]), generator=generator).tolist()
+        self._order = _shuffled(int(self._ends[-1]), self.seed + epoch)
 
     def __len__(self) -> int:
         return self.steps * self.rows
@@ -157,8 +155,7 @@ class SplitWindows(Dataset[dict[str, Tensor]]):
         if place >= len(self._order):
             item = _nothing(self.length)
         else:
-            document, number = _find(self._ends, self._order[place])
-            item = _window(self.store, document, (number * self.parts + part) * self.length, self.length)
+            item = _part(self, int(self._order[place]), part)
         return item | {"starts_document": torch.tensor(part == 0 or step == 0)}
 
 
@@ -184,8 +181,7 @@ class FlowingWindows(Dataset[dict[str, Tensor]]):
     """
 
     def __init__(self, store: TokenStore, length: int, rows: int, parts: int, *, seed: int = 0) -> None:
-        if length < 1 or rows < 1 or parts < 1:
-            raise ValueError(f"length is {length}, rows {rows} and parts {parts}; give at least 1 of each")
+        _check_sizes(length, rows, parts)
         self.store, self.length, self.rows, self.parts, self.seed = store, length, rows, parts, seed
         self._ends = _window_ends(store, parts * length)
         if not self._ends[-1]:
@@ -224,8 +220,7 @@ class FlowingWindows(Dataset[dict[str, Tensor]]):
     def _next(self) -> int:
         number, place = divmod(self._taken, len(self._sizes))
         if not place:
-            generator = torch.Generator().manual_seed(self.seed + number)
-            self._order = torch.randperm(len(self._sizes), generator=generator).numpy()
+            self._order = _shuffled(len(self._sizes), self.seed + number)
         self._taken += 1
         return int(self._order[place])
 
@@ -238,10 +233,8 @@ class FlowingWindows(Dataset[dict[str, Tensor]]):
         step += self._epoch * self.steps
         read = self._read[row]
         began, window = read[bisect.bisect(read, step, key=lambda each: each[0]) - 1]
-        document, number = _find(self._ends, window)
         part = step - began
-        item = _window(self.store, document, (number * self.parts + part) * self.length, self.length)
-        return item | {"starts_document": torch.tensor(part == 0 or step == 0)}
+        return _part(self, window, part) | {"starts_document": torch.tensor(part == 0 or step == 0)}
 
 
 class PackedDocuments(Dataset[dict[str, Tensor]]):
@@ -270,6 +263,22 @@ class PackedDocuments(Dataset[dict[str, Tensor]]):
         start = number * (self.length - 1)
         tokens = self.store.document(document, start, start + self.length)
         return {"input_ids": tokens, "labels": tokens}
+
+
+def _check_sizes(length: int, rows: int, parts: int) -> None:
+    if length < 1 or rows < 1 or parts < 1:
+        raise ValueError(f"length is {length}, rows {rows} and parts {parts}; give at least 1 of each")
+
+
+def _shuffled(count: int, seed: int) -> np.ndarray:
+    """The numbers below `count`, in the order of the seed."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
+
+
+def _part(of: SplitWindows | FlowingWindows, window: int, part: int) -> dict[str, Tensor]:
+    """One part of a window."""
+    document, number = _find(of._ends, window)
+    return _window(of.store, document, (number * of.parts + part) * of.length, of.length)
 
 
 def _predicted(store: TokenStore) -> np.ndarray:

@@ -103,10 +103,7 @@ def _untold(recipe: Recipe) -> dict[str, Any]:
         told["carried_through"] = data.carried_length or "documents"
     if args.read_again is not None:
         told["read_again"] = args.read_again
-    if data.carried_together:
-        told["carried_together"] = True
-    if data.carried_packed:
-        told["carried_packed"] = True
+    told |= {name: True for name in ("carried_together", "carried_packed") if getattr(data, name)}
     if args.stop_gradient:
         told["stop_gradient"] = True
     if model.memory and model.gate_init not in (None, model.usual_gate_init):
