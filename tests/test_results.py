@@ -70,7 +70,7 @@ def test_gates_learn_the_copy_task_as_was_published(tmp_path: Path, monkeypatch:
         ("lm-books-together", [50]),
         ("lm-gates-fixed", [21]),
         ("lm-maths", [21]),
-        ("lm-paper", [24, 24]),
+        ("lm-paper", [29, 29]),
         ("retrofit-books", [21, 11]),
     ],
 )
