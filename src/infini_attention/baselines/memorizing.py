@@ -203,6 +203,11 @@ def lookup(
     Returns:
         (batch, heads, length, value_dim) in fp32 (fp64 where the query is).
     """
+    if latest is not None:  # rows that began later cost less
+        own = latest.clamp(min=1).tolist()
+        pairs_of = zip(query.split(1), key.split(1), value.split(1), own, strict=True)
+        rows = [lookup(q, k[:, :, -n:], v[:, :, -n:], scale, neighbors=neighbors) for q, k, v, n in pairs_of]
+        return torch.cat(rows)
     batch, heads, _, _ = query.shape
     dtype, kv_heads, pairs = state_dtype(query.dtype), key.shape[1], key.shape[2]
     at_once = max(1, SCORES_AT_ONCE // (batch * heads * pairs))
@@ -211,24 +216,18 @@ def lookup(
         grouped = F.normalize(query.to(dtype), dim=-1).unflatten(1, (kv_heads, -1))
         factors = scale.to(dtype).view(kv_heads, -1, 1, 1)
         compared, outputs = key.to(dtype), []
-        first = None
-        if latest is not None:
-            first = (pairs - latest).clamp(max=pairs - 1).to(query.device).view(-1, 1, 1, 1, 1)
         for part in grouped.split(at_once, dim=3):
-            places = _nearest(part, compared, min(neighbors, pairs), first)
+            places = _nearest(part, compared, min(neighbors, pairs))
             # Found keys and values are found again in the backward pass, rather than kept.
-            arguments = part, key, value, places, factors, first
+            arguments = part, key, value, places, factors
             outputs.append(checkpoint(_attend, *arguments, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(outputs, dim=3).flatten(1, 2)
 
 
 @torch.no_grad()
-def _nearest(query: Tensor, key: Tensor, neighbors: int, first: Tensor | None) -> Tensor:
+def _nearest(query: Tensor, key: Tensor, neighbors: int) -> Tensor:
     """Places of the keys with the largest scores, (batch, kv_heads, group, length, neighbors)."""
-    scores = query @ key[:, :, None].transpose(-1, -2)
-    if first is not None:  # below what unit vectors can have
-        scores.masked_fill_(torch.arange(scores.shape[-1], device=scores.device) < first, -2.0)
-    return largest(scores, neighbors)
+    return largest(query @ key[:, :, None].transpose(-1, -2), neighbors)
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
@@ -253,19 +252,12 @@ def _largest(scores: Tensor, count: int) -> Tensor:
     return scores.topk(count, dim=-1, sorted=False).indices
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, places: Tensor, scale: Tensor, first: Tensor | None
-) -> Tensor:
-    """What queries (batch, kv_heads, group, length, head_dim) get from the pairs at their `places`.
-
-    Of these none before a row's `first` counts.
-    """
+def _attend(query: Tensor, key: Tensor, value: Tensor, places: Tensor, scale: Tensor) -> Tensor:
+    """What queries (batch, kv_heads, group, length, head_dim) get from the pairs at their `places`."""
 
     def taken(x: Tensor) -> Tensor:
         flat = places.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
         return x.gather(2, flat).view(*places.shape, x.shape[-1]).to(query.dtype)
 
     scores = (taken(key) @ query[..., None]).squeeze(-1) * scale
-    if first is not None:
-        scores = scores.masked_fill(places < first, -math.inf)
     return (scores.softmax(dim=-1)[..., None, :] @ taken(value)).squeeze(-2)
