@@ -283,6 +283,10 @@ def test_a_training_of_another_kind_makes_another_system_of_a_model(
         ({"carried_through": "documents"}, "Infini delta, carried through documents"),
         ({"carried_through": 64, "carried_together": True}, "Infini delta, carried through 64, together"),
         ({"carried_through": 64, "carried_packed": True}, "Infini delta, carried through 64, packed"),
+        (
+            {"carried_through": 64, "reset_probability": 0.25},
+            "Infini delta, carried through 64, reset with probability 0.25",
+        ),
         ({"carried_through": 64, "read_again": True}, "Infini delta, carried through 64, read again"),
         ({"carried_through": 64, "read_again": False}, "Infini delta, carried through 64, not read again"),
     ):

@@ -1,5 +1,6 @@
 """What is carried from step to step is what the whole text would have left, for every system."""
 
+import math
 import string
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ def test_what_is_carried_is_in_checkpoints(
     def losses(resumed: bool) -> dict[int, float]:
         sizes = {"per_device_train_batch_size": ROWS // 2, "gradient_accumulation_steps": 2, "max_steps": 13}
         settings = {"save_strategy": "steps", "save_steps": 10, "read_again": read_again}
+        settings["reset_probability"] = 0.0 if waits else 0.25
         training = trainer(make(name), store, tmp_path, **sizes, **settings)
         if not waits:
             training.train_dataset = FlowingWindows(store, LENGTH, ROWS, PARTS)
@@ -143,6 +145,44 @@ def test_a_row_may_begin_whenever_the_text_before_is_over(
     with torch.no_grad():
         expected = [loss_of_whole_texts(model, items, step) for step in range(steps)]
     assert logged == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize(("name", "read_again"), CASES)
+def test_rows_start_afresh_in_the_midst_of_a_text_too_where_it_is_drawn(
+    name: str, read_again: bool | None, accumulated: int, store: TokenStore, tmp_path: Path
+) -> None:
+    probability, batch = 0.3, ROWS // accumulated
+    sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+    still = {"learning_rate": 0.0, "gate_learning_rate": 0.0, "weight_decay": 0.0, "seed": 5}
+    model, data = make(name).train(), SplitWindows(store, LENGTH, ROWS, PARTS)
+    training = trainer(
+        model,
+        store,
+        tmp_path,
+        max_steps=data.steps,
+        read_again=read_again,
+        reset_probability=probability,
+        **still,
+        **sizes,
+    )
+    training.train()
+    logged = [entry["loss"] for entry in training.state.log_history if "loss" in entry]
+    random = torch.Generator().manual_seed(5)
+    draws = [torch.rand(batch, generator=random) < probability for _ in range(data.steps * accumulated)]
+    items = [
+        item | {"starts_document": item["starts_document"] | drawn}
+        for item, drawn in zip(data, torch.cat(draws), strict=True)
+    ]
+    more = sum(int(item["starts_document"]) for item in items) - sum(
+        int(item["starts_document"]) for item in data
+    )
+    assert more > ROWS
+    with torch.no_grad():
+        expected = [loss_of_whole_texts(model, items, step) for step in range(data.steps)]
+        as_before = [loss_of_whole_texts(model, data, step) for step in range(data.steps)]
+    assert logged == pytest.approx(expected, abs=1e-5)
+    assert logged != pytest.approx(as_before, abs=1e-4)
 
 
 @torch.no_grad()
@@ -343,6 +383,13 @@ def test_what_cannot_be_carried_is_refused(store: TokenStore, tmp_path: Path) ->
         trainer(make("full"), store, tmp_path).train()
     with pytest.raises(ValueError, match=r"read_again is True, and a TransformerXLLlamaConfig has no memory"):
         trainer(make("transformer_xl"), store, tmp_path, read_again=True)
+    for probability in (-0.1, 1.0, math.nan):
+        with pytest.raises(
+            ValueError, match=f"reset_probability is {probability}; give at least 0, which is"
+        ):
+            trainer(make("segment"), store, tmp_path, reset_probability=probability)
+    with pytest.raises(ValueError, match=r"reset_probability is 0.5, and nothing is carried from step to"):
+        trainer(make("segment"), store, tmp_path, carry_memory=False, reset_probability=0.5)
     with pytest.raises(ValueError, match=r"read_again is False, and nothing is carried from step to step"):
         trainer(make("segment"), store, tmp_path, carry_memory=False, read_again=False)
     training = trainer(make("segment"), store, tmp_path)

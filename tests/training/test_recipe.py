@@ -360,7 +360,13 @@ def test_a_memory_is_carried_through_whole_rows_or_not_at_all(tmp_path: Path) ->
             "--data.carried_packed=true",
             "--training.torch_compile=true",
             "--model.local_attention=sliding",
-        ): "layers with model.local_attention 'sliding' would be compiled for each number of rows",
+        ): "data.carried_packed and training.torch_compile are set, and layers with model.local_attenti",
+        (
+            carries,
+            "--training.reset_probability=0.1",
+            "--training.torch_compile=true",
+            "--model.local_attention=sliding",
+        ): "training.reset_probability and training.torch_compile are set, and layers with model.local_att",
     }
     for options, words in wrong.items():
         with pytest.raises(ValueError, match=words):
@@ -368,11 +374,15 @@ def test_a_memory_is_carried_through_whole_rows_or_not_at_all(tmp_path: Path) ->
     (tmp_path / "xl").mkdir()
     xl = write(tmp_path / "xl", model={"baseline": "transformer_xl"}, training={"carry_memory": True})
     open_ends = "--model.segment_length=48"
-    for options in ([], ["--data.carried_length=128", "--data.carried_packed=true"]):
+    through = ["--data.carried_length=128"]
+    for options in (
+        [],
+        [*through, "--data.carried_packed=true"],
+        [*through, "--training.reset_probability=0.1"],
+    ):
         with pytest.raises(ValueError, match=r"rows of model.baseline 'transformer_xl' start together where"):
             load_material(read_recipe(xl, [open_ends, *options]).recipe)
     assert isinstance(load_material(read_recipe(xl).recipe).train, CarriedWindows)
-    through = ["--data.carried_length=128"]
     with pytest.raises(ValueError, match=r"which has no use for training.read_again; leave out"):
         read_recipe(xl, [*through, "--training.read_again=true"])
     for recipe, together in (

@@ -254,6 +254,14 @@ def test_ordinary_arguments_are_refused(model: LlamaForCausalLM, tmp_path: Path)
         InfiniTrainer(model=model, args=args, train_dataset=rows())
 
 
+def test_a_model_without_segments_is_refused(make_trainer: Callable[..., InfiniTrainer]) -> None:
+    plain = LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    with pytest.raises(ValueError, match=r"model is a LlamaForCausalLM, which has no segments; give it a m"):
+        make_trainer(plain)
+
+
 def test_the_memorys_part_is_measured_on_the_steps_own_tokens(
     make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM
 ) -> None:

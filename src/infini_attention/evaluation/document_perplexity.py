@@ -355,6 +355,8 @@ def _system(model: Any, trained: dict[str, Any] | None) -> str:
     if trained.get("carried_through"):
         ways = [way for way in ("together", "packed") if trained.get(f"carried_{way}")]
         names.append(", ".join([f"carried through {trained['carried_through']}", *ways]))
+    if trained.get("reset_probability"):
+        names.append(f"reset with probability {trained['reset_probability']:g}")
     if trained.get("read_again") is not None:
         names.append("read again" if trained["read_again"] else "not read again")
     return ", ".join(names)

@@ -30,6 +30,7 @@ OF_TRAINING = (  # what seeds have in common
     "gate_learning_rate",
     "row_tokens",
     "carried_through",
+    "reset_probability",
     "read_again",
     "carried_together",
     "carried_packed",

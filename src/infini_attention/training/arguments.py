@@ -39,6 +39,8 @@ class InfiniTrainingArguments(TrainingArguments):
         carry_memory: the memory, or what a baseline carries, goes on from step to step, row by row, and
             starts afresh where a row's `starts_document` says so. See `CarriedWindows`, `SplitWindows` and
             `FlowingWindows` of `infini_attention.data.windows`.
+        reset_probability: of each row and step, that what is carried starts afresh in the midst of a text.
+            Without it what is carried far is rarely empty, and little is learnt of texts' beginnings.
         read_again: each layer whose memory is carried first reads again what the step before has read (its
             last run alone, where there are several by `checkpoint_segments` or `detach_every`), if that was
             whole segments that count once: gradients reach the key and value projections through it, and
@@ -77,6 +79,7 @@ class InfiniTrainingArguments(TrainingArguments):
     detach_every: int | None = field(default=None)
     stop_gradient: bool = field(default=False)
     carry_memory: bool = field(default=False)
+    reset_probability: float = field(default=0.0)
     read_again: bool | None = field(default=None)
     context_parallel_size: int = field(default=1)
     cuda_graphs: bool = field(default=False)
@@ -125,6 +128,16 @@ class InfiniTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"carry_memory is set and least_segments is {self.least_segments}: what is cut off would be "
                 "missing from the document; leave one of them out"
+            )
+        if not 0 <= self.reset_probability < 1:
+            raise ValueError(
+                f"reset_probability is {self.reset_probability}; give at least 0, which is never, and less "
+                "than 1"
+            )
+        if self.reset_probability and not self.carry_memory:
+            raise ValueError(
+                f"reset_probability is {self.reset_probability}, and nothing is carried from step to step; "
+                "set carry_memory, or leave it out"
             )
         if self.read_again is not None and not self.carry_memory:
             raise ValueError(

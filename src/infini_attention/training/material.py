@@ -151,11 +151,12 @@ def _carried_rows(store: TokenStore, recipe: Recipe) -> Dataset:
     data, args = recipe.data, recipe.training
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     by_rows = _may_start_alone(recipe)
-    if not by_rows and (data.carried_length is None or data.carried_packed):
+    if not by_rows and (data.carried_length is None or data.carried_packed or args.reset_probability):
         raise ValueError(
             f"rows of model.baseline {recipe.model.baseline!r} start together where they have sinks or are "
-            "no whole segments; set data.carried_length without data.carried_packed, or leave out the sinks "
-            "and make data.length a multiple of model.segment_length"
+            "no whole segments; set data.carried_length without data.carried_packed and "
+            "training.reset_probability, or leave out the sinks and make data.length a multiple of "
+            "model.segment_length"
         )
     if data.carried_length is None:
         return CarriedWindows(store, data.length, rows, seed=args.seed)

@@ -305,6 +305,7 @@ class Recipe:
         for name in ("carried_together", "carried_packed"):
             if getattr(data, name) and data.carried_length is None:
                 raise ValueError(f"data.{name} is set without data.carried_length; set both, or neither")
+        self._check_starts()
         if data.more_documents and self.training.carry_memory:
             raise ValueError(
                 "data.more_documents and training.carry_memory exclude each other: a memory is carried "
@@ -325,21 +326,24 @@ class Recipe:
                 f"data.carried_length is {tokens}; give twice data.length, {self.data.length}, or another "
                 "multiple of it"
             )
-        if self.data.carried_packed:
-            self._check_packed()
-
-    def _check_packed(self) -> None:
-        """Raise ValueError where rows cannot begin whenever the text before is over."""
-        if self.data.carried_together:
+        if self.data.carried_packed and self.data.carried_together:
             raise ValueError(
                 "data.carried_packed and data.carried_together exclude each other; leave one out"
             )
-        if self.training.torch_compile and self.model.local_attention != "segment":
-            raise ValueError(
-                "data.carried_packed and training.torch_compile are set, and layers with "
-                f"model.local_attention {self.model.local_attention!r} would be compiled for each number of "
-                "rows that begin; leave one of them out"
-            )
+
+    def _check_starts(self) -> None:
+        """Raise ValueError where rows cannot start afresh in any step."""
+        at_any = {
+            "data.carried_packed": self.data.carried_packed,
+            "training.reset_probability": self.training.reset_probability > 0,
+        }
+        for name, given in at_any.items():
+            if given and self.training.torch_compile and self.model.local_attention != "segment":
+                raise ValueError(
+                    f"{name} and training.torch_compile are set, and layers with model.local_attention "
+                    f"{self.model.local_attention!r} would be compiled for each number of rows that begin; "
+                    "leave one of them out"
+                )
 
     def _refuse_cuts(self, source: str) -> None:
         """Raise ValueError for what would take a summary from its document, or questions from their keys."""

@@ -101,6 +101,8 @@ def _untold(recipe: Recipe) -> dict[str, Any]:
         told["row_tokens"] = data.length
     if args.carry_memory:
         told["carried_through"] = data.carried_length or "documents"
+    if args.reset_probability:
+        told["reset_probability"] = args.reset_probability
     if args.read_again is not None:
         told["read_again"] = args.read_again
     told |= {name: True for name in ("carried_together", "carried_packed") if getattr(data, name)}

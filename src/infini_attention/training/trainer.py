@@ -74,6 +74,11 @@ class InfiniTrainer(Trainer):
         super().__init__(*arguments, **settings)
         if not isinstance(self.args, InfiniTrainingArguments):
             raise ValueError(f"args are {type(self.args).__name__}; give InfiniTrainingArguments")
+        if not hasattr(self._config, "segment_length"):
+            raise ValueError(
+                f"model is a {type(self.model).__name__}, which has no segments; give it a memory with "
+                "infini_attention.models.retrofit, or train it with transformers' own Trainer"
+            )
         if self.args.label_smoothing_factor or self.compute_loss_func is not None:
             raise ValueError(
                 "label_smoothing_factor or compute_loss_func is set, and the loss is the model's, in chunks; "
@@ -371,7 +376,7 @@ class InfiniTrainer(Trainer):
         args, size = self.args, self._segment_length
         inputs = dict(inputs)
         if "starts_document" in inputs:  # here, where no batch of the step is under way yet
-            inputs["starts_document"] = inputs["starts_document"].cpu()
+            inputs["starts_document"] = self._starts(inputs["starts_document"].cpu())
         rows, length = inputs["input_ids"].shape
         repeatable = inputs.pop("repeatable", None)
         documents = _documents(inputs)
@@ -430,6 +435,12 @@ class InfiniTrainer(Trainer):
             if getattr(args, name) is not None:
                 inputs[name] = getattr(args, name)
         return inputs
+
+    def _starts(self, starts: Tensor) -> Tensor:
+        """Which rows start afresh: those whose text does, and some that are drawn."""
+        if not self.args.reset_probability:
+            return starts
+        return starts | (torch.rand(starts.shape, generator=self._random) < self.args.reset_probability)
 
     def _nothing_carried(self) -> list[CarriedMemory]:
         again, count = self._reads_again(), self.args.gradient_accumulation_steps
