@@ -98,7 +98,7 @@ class SlidingWindowAttentionMixin(SegmentAttentionMixin):
         if self.config.sinks and len(lengths := set(state.length.tolist())) > 1:
             raise ValueError(
                 f"rows have {min(lengths)} to {max(lengths)} tokens, and those with sinks start together; "
-                "set data.carried_together"
+                "set data.carried_together, and no training.reset_probability"
             )
         key = self._kept(continued(state.cached_key, state.key))
         value = self._kept(continued(state.cached_value, state.value))

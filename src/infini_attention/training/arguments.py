@@ -39,8 +39,8 @@ class InfiniTrainingArguments(TrainingArguments):
         carry_memory: the memory, or what a baseline carries, goes on from step to step, row by row, and
             starts afresh where a row's `starts_document` says so. See `CarriedWindows`, `SplitWindows` and
             `FlowingWindows` of `infini_attention.data.windows`.
-        reset_probability: of each row and step, that what is carried starts afresh in the midst of a text.
-            Without it what is carried far is rarely empty, and little is learnt of texts' beginnings.
+        reset_probability: of each row and step, that what is carried starts afresh in the midst of a text:
+            then after 1 / reset_probability steps on average. What is carried far is else rarely empty.
         read_again: each layer whose memory is carried first reads again what the step before has read (its
             last run alone, where there are several by `checkpoint_segments` or `detach_every`), if that was
             whole segments that count once: gradients reach the key and value projections through it, and

@@ -154,7 +154,7 @@ def _carried_rows(store: TokenStore, recipe: Recipe) -> Dataset:
     if not by_rows and (data.carried_length is None or data.carried_packed or args.reset_probability):
         raise ValueError(
             f"rows of model.baseline {recipe.model.baseline!r} start together where they have sinks or are "
-            "no whole segments; set data.carried_length without data.carried_packed and "
+            "no whole segments; set data.carried_length, and neither data.carried_packed nor "
             "training.reset_probability, or leave out the sinks and make data.length a multiple of "
             "model.segment_length"
         )

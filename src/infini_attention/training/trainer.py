@@ -74,7 +74,7 @@ class InfiniTrainer(Trainer):
         super().__init__(*arguments, **settings)
         if not isinstance(self.args, InfiniTrainingArguments):
             raise ValueError(f"args are {type(self.args).__name__}; give InfiniTrainingArguments")
-        if not hasattr(self._config, "segment_length"):
+        if not hasattr(getattr(self.model, "config", None), "segment_length"):
             raise ValueError(
                 f"model is a {type(self.model).__name__}, which has no segments; give it a memory with "
                 "infini_attention.models.retrofit, or train it with transformers' own Trainer"
