@@ -20,6 +20,7 @@ from transformers import (
 from infini_attention.models import load_model, retrofit
 from infini_attention.models.observe import gate_logits
 from infini_attention.training.arguments import InfiniTrainingArguments
+from infini_attention.training.drawing import Drawing
 from infini_attention.training.parameters import parameter_groups
 from infini_attention.training.trainer import InfiniTrainer
 from infini_attention.training.warnings import MemoryWarnings
@@ -469,7 +470,8 @@ def test_packed_documents_start_with_an_empty_memory(
 def test_what_says_that_it_must_not_repeat_counts_once(make_trainer: Callable[..., InfiniTrainer]) -> None:
     trainer = make_trainer(repeat_ceiling=50.0)
     ids, repeatable = torch.zeros(64, 40, dtype=torch.int64), torch.tensor([[True, False, True, True, False]])
-    drawn = trainer._drawn({"input_ids": ids, "labels": ids, "repeatable": repeatable.expand(64, 5)})
+    drawing = Drawing(trainer.args, trainer.model.config, captures=False, seed=0)
+    drawn = drawing({"input_ids": ids, "labels": ids, "repeatable": repeatable.expand(64, 5)}, 0)
     assert "repeatable" not in drawn
     weights = drawn["segment_weights"]
     assert (weights[:, [1, 4]] == 1).all()
@@ -587,6 +589,7 @@ def test_a_teacher_that_cannot_teach_is_refused(
 
 def test_a_teacher_refuses_packed_documents(make_trainer: Callable[..., InfiniTrainer], teacher: str) -> None:
     trainer = make_trainer(teacher=teacher)
+    drawing = Drawing(trainer.args, trainer.model.config, captures=False, seed=0)
     places = torch.cat([torch.arange(20), torch.arange(20)])[None]
     with pytest.raises(ValueError, match="teacher is set and documents are packed"):
-        trainer._drawn({"input_ids": torch.zeros(1, 40, dtype=torch.int64), "position_ids": places})
+        drawing({"input_ids": torch.zeros(1, 40, dtype=torch.int64), "position_ids": places}, 0)

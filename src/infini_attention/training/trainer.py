@@ -22,24 +22,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Tr
 from infini_attention.models.adapters import is_adapted, save_config
 from infini_attention.models.compat import CACHE_ARGUMENT
 from infini_attention.models.config import InfiniConfigMixin
-from infini_attention.models.inputs import packed_documents
-from infini_attention.models.loss import predicted, shifted
+from infini_attention.models.loss import predicted
 from infini_attention.models.observe import Observation, gate_logits, gated_layers, observe
 from infini_attention.training.arguments import InfiniTrainingArguments
 from infini_attention.training.averaging import AveragedWeights
 from infini_attention.training.carrying import CarriedMemory, empty_cache
 from infini_attention.training.checkpoints import damage, keep_newest, newest_checkpoint, seal, unseal
 from infini_attention.training.context import ContextShare
+from infini_attention.training.drawing import Drawing
 from infini_attention.training.graphs import GraphedSteps
 from infini_attention.training.parameters import parameter_groups
-from infini_attention.training.segments import (
-    cut,
-    last_asked,
-    most_segments,
-    repeated_segments,
-    risen,
-    some_segments,
-)
 from infini_attention.training.signals import StopAtSignal, left_to_the_training
 from infini_attention.training.teaching import Teacher
 from infini_attention.training.throughput import Cost, Throughput
@@ -108,7 +100,12 @@ class InfiniTrainer(Trainer):
         self._observed_at = -1
         self._rates: dict[str | None, float] = {}  # of the last step
         self._context = ContextShare.of(self.args)
-        self._random = torch.Generator().manual_seed(self.args.seed + self._context.number)
+        self._drawing = Drawing(
+            self.args,
+            self._config,
+            captures=self._captures,
+            seed=self.args.seed + self._context.number,
+        )
         self._carried = self._nothing_carried()
         self._graphs: GraphedSteps | None = None
         self._teacher = Teacher(self.args, model.config.vocab_size) if self.args.teacher else None
@@ -238,7 +235,7 @@ class InfiniTrainer(Trainer):
         self._batch = 0
         if not batches:
             return batches, None
-        batches = [self._drawn(batch) for batch in batches]
+        batches = [self._drawing(batch, self.state.global_step) for batch in batches]
         count = torch.stack([predicted(batch) for batch in batches]).sum().to(device)
         count = self.accelerator.reduce(count) // self.args.context_parallel_size
         self.cost.count(count)
@@ -371,77 +368,6 @@ class InfiniTrainer(Trainer):
         self._observed_at = step if due else self._observed_at
         return due
 
-    def _drawn(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The inputs of this step: so many segments, each so often, and how they go through the model."""
-        args, size = self.args, self._segment_length
-        inputs = dict(inputs)
-        if "starts_document" in inputs:  # here, where no batch of the step is under way yet
-            inputs["starts_document"] = self._starts(inputs["starts_document"].cpu())
-        rows, length = inputs["input_ids"].shape
-        repeatable = inputs.pop("repeatable", None)
-        documents = _documents(inputs)
-        if args.least_segments is not None and documents is not None:
-            raise ValueError(
-                f"least_segments is {args.least_segments}, and documents are packed, each as long as it is; "
-                "leave it out"
-            )
-        choosy = {"repeat_ceiling": args.repeat_ceiling > 1, "cuda_graphs": self._captures}
-        for name, given in choosy.items():
-            if given and args.carry_memory and length % size:
-                raise ValueError(
-                    f"inputs have {length} tokens, which are no whole segments of {size}: with a memory that "
-                    f"is carried on, {name} needs whole ones; choose a multiple"
-                )
-        mask = inputs.pop("attention_mask", None) if self._captures else None
-        if mask is not None and not bool(mask.all()):
-            raise ValueError(
-                "cuda_graphs is set and attention_mask marks padding, which a captured step cannot look at; "
-                "fill rows up on the right and leave the mask out, or leave cuda_graphs out"
-            )
-        if args.least_segments is not None:
-            most = most_segments(
-                length // size, args.least_segments, args.curriculum_steps, self.state.global_step
-            )
-            length = some_segments(most * size, size, args.least_segments, generator=self._random)
-            targets = shifted(inputs.get("labels"), inputs.get("shift_labels"))
-            end = max(length, last_asked(targets, size))  # rows may be filled up after it
-            inputs.pop("labels", None)  # of which a cut would lose the last token's
-            inputs = cut(inputs | {"shift_labels": targets}, slice(end - length, end))
-            repeatable = None if repeatable is None else repeatable[:, : math.ceil(end / size)]
-        if args.repeat_ceiling > 1:
-            counts = [length] * rows if documents is None else documents
-            segments = max(math.ceil(count / size) for count in counts)
-            warmup = args.repeat_start_step, args.repeat_warmup_steps
-            ceiling = risen(args.repeat_ceiling, *warmup, self.state.global_step)
-            weights = repeated_segments(len(counts), segments, ceiling, generator=self._random)
-            if repeatable is not None:
-                weights = weights.to(repeatable.device).where(repeatable[:, -segments:], 1.0)
-            copies = args.repeat_form == "copies" and self._config.update_rule == "delta"
-            if copies and any(count % size for count in counts):
-                raise ValueError(
-                    f"repeat_form is 'copies', and inputs of {max(counts)} tokens are no whole segments of "
-                    f"{size}, as copies are; choose a multiple, or repeat_form='sums'"
-                )
-            inputs["segment_weights"] = weights.long() if copies else weights
-        if args.cuda_graphs and documents is not None:
-            raise ValueError(
-                "cuda_graphs is set and documents are packed, each batch in its own way; leave one out"
-            )
-        if self._teacher is not None and documents is not None:
-            raise ValueError(
-                "teacher is set and documents are packed, which it would read as one; leave one out"
-            )
-        for name in ("checkpoint_segments", "detach_every"):
-            if getattr(args, name) is not None:
-                inputs[name] = getattr(args, name)
-        return inputs
-
-    def _starts(self, starts: Tensor) -> Tensor:
-        """Which rows start afresh: those whose text does, and some that are drawn."""
-        if not self.args.reset_probability:
-            return starts
-        return starts | (torch.rand(starts.shape, generator=self._random) < self.args.reset_probability)
-
     def _nothing_carried(self) -> list[CarriedMemory]:
         again, count = self._reads_again(), self.args.gradient_accumulation_steps
         return [CarriedMemory(read_again=again) for _ in range(count)]
@@ -542,7 +468,7 @@ class InfiniTrainer(Trainer):
             self._check_layout(Path(checkpoint))
             path = Path(checkpoint) / self._own_state_name
             state = torch.load(path, map_location="cpu", weights_only=True)
-            self._random.set_state(state["random"])
+            self._drawing.random.set_state(state["random"])
             if self.args.carry_memory:
                 for carried, saved in zip(self._carried, state["carried"], strict=True):
                     carried.load(saved, self.args.device)
@@ -569,7 +495,7 @@ class InfiniTrainer(Trainer):
 
     def _own_state(self) -> dict[str, Any]:
         return {
-            "random": self._random.get_state(),
+            "random": self._drawing.random.get_state(),
             "carried": [carried.save() for carried in self._carried],
             "cost": self.cost.figures(),
             "average": [] if self._average is None else self._average.save(),
@@ -610,18 +536,6 @@ def _observed(observation: Observation) -> dict[str, float]:
         "loss_memory_off": observation.loss_memory_off,
         "memory_gain": observation.memory_gain,
     }
-
-
-def _documents(inputs: dict[str, Any]) -> list[int] | None:
-    """Lengths of the documents that are packed into this batch; None where rows are what they seem."""
-    mask = inputs.get("attention_mask")
-    bounds = packed_documents(
-        inputs.get("position_ids"),
-        cu_seqlens=inputs.get("cu_seq_lens_q"),
-        padding_mask=None if mask is None else mask != 0,
-        can_pack=len(inputs["input_ids"]) == 1,
-    )
-    return None if bounds is None else bounds.diff().tolist()
 
 
 def _gates_factor(body: Callable[[int], float], warmup: int, own: int) -> Callable[[int], float]:
