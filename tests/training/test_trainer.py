@@ -1,4 +1,3 @@
-import shutil
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -20,7 +19,6 @@ from transformers import (
 from infini_attention.models import load_model, retrofit
 from infini_attention.models.observe import gate_logits
 from infini_attention.training.arguments import InfiniTrainingArguments
-from infini_attention.training.drawing import Drawing
 from infini_attention.training.parameters import parameter_groups
 from infini_attention.training.trainer import InfiniTrainer
 from infini_attention.training.warnings import MemoryWarnings
@@ -467,18 +465,6 @@ def test_packed_documents_start_with_an_empty_memory(
     torch.testing.assert_close(loss, (singly / 98).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_what_says_that_it_must_not_repeat_counts_once(make_trainer: Callable[..., InfiniTrainer]) -> None:
-    trainer = make_trainer(repeat_ceiling=50.0)
-    ids, repeatable = torch.zeros(64, 40, dtype=torch.int64), torch.tensor([[True, False, True, True, False]])
-    drawing = Drawing(trainer.args, trainer.model.config, captures=False, seed=0)
-    drawn = drawing({"input_ids": ids, "labels": ids, "repeatable": repeatable.expand(64, 5)}, 0)
-    assert "repeatable" not in drawn
-    weights = drawn["segment_weights"]
-    assert (weights[:, [1, 4]] == 1).all()
-    assert (weights[:, [0, 2, 3]] > 1).any(dim=0).all()
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++, which is missing")
 def test_compiled_layers_train_as_others_do_and_are_compiled_once(
     make_trainer: Callable[..., InfiniTrainer], model: LlamaForCausalLM
 ) -> None:
@@ -585,11 +571,3 @@ def test_a_teacher_that_cannot_teach_is_refused(
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="knows 65 tokens, and the model 64"):
         make_trainer(teacher=str(tmp_path / "other"))
-
-
-def test_a_teacher_refuses_packed_documents(make_trainer: Callable[..., InfiniTrainer], teacher: str) -> None:
-    trainer = make_trainer(teacher=teacher)
-    drawing = Drawing(trainer.args, trainer.model.config, captures=False, seed=0)
-    places = torch.cat([torch.arange(20), torch.arange(20)])[None]
-    with pytest.raises(ValueError, match="teacher is set and documents are packed"):
-        drawing({"input_ids": torch.zeros(1, 40, dtype=torch.int64), "position_ids": places}, 0)

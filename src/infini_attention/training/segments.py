@@ -48,7 +48,7 @@ def most_segments(segments: int, least: int, curriculum_steps: int, step: int) -
     """The most segments of inputs at `step`: from `least` up to `segments`, over so many steps."""
     if not curriculum_steps:
         return segments
-    return least + int((segments - least) * min(1.0, step / curriculum_steps))
+    return min(segments, least + int((segments - least) * min(1.0, step / curriculum_steps)))
 
 
 def last_asked(targets: Tensor, segment_length: int) -> int:

@@ -100,12 +100,8 @@ class InfiniTrainer(Trainer):
         self._observed_at = -1
         self._rates: dict[str | None, float] = {}  # of the last step
         self._context = ContextShare.of(self.args)
-        self._drawing = Drawing(
-            self.args,
-            self._config,
-            captures=self._captures,
-            seed=self.args.seed + self._context.number,
-        )
+        seed = self.args.seed + self._context.number
+        self._drawing = Drawing(self.args, captures=self._captures, seed=seed)
         self._carried = self._nothing_carried()
         self._graphs: GraphedSteps | None = None
         self._teacher = Teacher(self.args, model.config.vocab_size) if self.args.teacher else None
@@ -235,7 +231,7 @@ class InfiniTrainer(Trainer):
         self._batch = 0
         if not batches:
             return batches, None
-        batches = [self._drawing(batch, self.state.global_step) for batch in batches]
+        batches = [self._drawing(batch, self._config, self.state.global_step) for batch in batches]
         count = torch.stack([predicted(batch) for batch in batches]).sum().to(device)
         count = self.accelerator.reduce(count) // self.args.context_parallel_size
         self.cost.count(count)
