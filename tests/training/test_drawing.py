@@ -16,12 +16,16 @@ IDS = torch.zeros(64, 5 * SIZE, dtype=torch.int64)
 PACKED = torch.cat([torch.arange(20), torch.arange(20)])[None]  # two documents' positions
 
 
-def drawn(
-    folder: Path, inputs: dict[str, Tensor], *, step: int = 0, captures: bool = False, **settings: Any
-) -> dict[str, Any]:
+CONFIG = SimpleNamespace(segment_length=SIZE, update_rule="delta")
+
+
+def make(folder: Path, captures: bool = False, **settings: Any) -> Drawing:
     args = InfiniTrainingArguments(output_dir=str(folder), report_to="none", use_cpu=True, **settings)
-    config = SimpleNamespace(segment_length=SIZE, update_rule="delta")
-    return Drawing(args, captures=captures, seed=0)(inputs, config, step)
+    return Drawing(args, captures=captures, seed=0)
+
+
+def drawn(folder: Path, inputs: dict[str, Tensor], step: int = 0, **settings: Any) -> dict[str, Any]:
+    return make(folder, **settings)(inputs, CONFIG, step)
 
 
 def test_what_says_that_it_must_not_repeat_counts_once(tmp_path: Path) -> None:
@@ -31,6 +35,20 @@ def test_what_says_that_it_must_not_repeat_counts_once(tmp_path: Path) -> None:
     weights = found["segment_weights"]
     assert (weights[:, [1, 4]] == 1).all()
     assert (weights[:, [0, 2, 3]] > 1).any(dim=0).all()
+
+
+def test_what_must_not_repeat_is_known_where_inputs_are_cut(tmp_path: Path) -> None:
+    labels, repeatable = IDS.clone(), torch.tensor([[False, True, False, True, True]]).expand(64, 5)
+    labels[:, 4 * SIZE :] = -100  # rows are filled up after their fourth segment
+    drawing, seen = make(tmp_path, least_segments=2, repeat_ceiling=50.0), set()
+    for _ in range(40):
+        found = drawing({"input_ids": IDS, "labels": labels, "repeatable": repeatable}, CONFIG, 0)
+        count = found["input_ids"].shape[1] // SIZE
+        end = max(count, 4)
+        own, weights = repeatable[:, end - count : end], found["segment_weights"]
+        assert (weights[~own] == 1).all() and (weights[own] > 1).any()
+        seen.add(count)
+    assert seen == {2, 3, 4, 5}
 
 
 @pytest.mark.parametrize(

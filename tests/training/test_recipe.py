@@ -498,6 +498,10 @@ CARRIED = {"length": 32, "carried_length": 64}
         {"data": {"pack": True}},
         {"training": {"carry_memory": True}},
         {"training": {"carry_memory": True, "read_again": True}},
+        {
+            "training": {"carry_memory": True, "reset_probability": 0.25},
+            "data": CARRIED | {"carried_packed": True},
+        },
         {"training": {"carry_memory": True, "gradient_accumulation_steps": 2}, "data": CARRIED},
         {"training": {"least_segments": 2, "repeat_ceiling": 10.0, "curriculum_steps": 3}},
         {"training": {"checkpoint_segments": 1, "detach_every": 2, "gradient_accumulation_steps": 2}},
@@ -519,6 +523,8 @@ def test_every_way_to_train_ends_with_figures(tmp_path: Path, changes: dict[str,
     assert figures.get("stop_gradient", False) == reading.recipe.training.stop_gradient
     through = reading.recipe.data.carried_length or "documents"
     assert figures.get("carried_through") == (through if reading.recipe.training.carry_memory else None)
+    assert figures.get("carried_packed", False) == reading.recipe.data.carried_packed
+    assert figures.get("reset_probability", 0.0) == reading.recipe.training.reset_probability
     assert figures.get("read_again") == reading.recipe.training.read_again
     assert figures.get("gate_init") == (-2.0 if changes == {"model": {"gate_init": -2.0}} else None)
     without = not reading.recipe.model.memory
