@@ -14,8 +14,6 @@ from infini_attention.training.drawing import Drawing
 SIZE = 8
 IDS = torch.zeros(64, 5 * SIZE, dtype=torch.int64)
 PACKED = torch.cat([torch.arange(20), torch.arange(20)])[None]  # two documents' positions
-
-
 CONFIG = SimpleNamespace(segment_length=SIZE, update_rule="delta")
 
 
